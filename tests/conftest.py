@@ -1,0 +1,72 @@
+"""A tiny CIFAR-10 in the real on-disk format, on which every test runs; no test needs a network."""
+
+import hashlib
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the code, on the CPU that every machine has
+os.environ["MPLBACKEND"] = "Agg"
+
+import torch
+from torchvision import datasets
+
+from storage import ARCHIVE, FOLDER, draw_synthetic
+
+TRAIN_COUNT, TEST_COUNT = 200, 100
+
+
+class TinyCIFAR10:
+    """Where the tiny CIFAR-10 lies, and the md5 sums that torchvision has to expect for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        folder = root / FOLDER
+        folder.mkdir()
+        images, labels = draw_synthetic(train=True, count=TRAIN_COUNT)
+        test_images, test_labels = draw_synthetic(train=False, count=TEST_COUNT)
+        parts = [(f"data_batch_{k + 1}", images[k::5], labels[k::5]) for k in range(5)]
+        for name, part, part_labels in [*parts, ("test_batch", test_images, test_labels)]:
+            rows = part.transpose(0, 3, 1, 2).reshape(len(part), 3072)
+            self._write(folder / name, {"data": rows, "labels": part_labels.tolist()})
+        self._write(folder / "batches.meta", {"label_names": [str(k) for k in range(10)]})
+        self.archive = root.parent / "archive" / ARCHIVE
+        self.archive.parent.mkdir()
+        with tarfile.open(self.archive, "w:gz") as archive:
+            archive.add(folder, FOLDER)
+        self.md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in [*folder.iterdir(), self.archive]}
+
+    @staticmethod
+    def _write(path: Path, content: dict) -> None:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+
+    def expectations(self) -> dict[str, object]:
+        """Attributes of `torchvision.datasets.CIFAR10` that make it take this data for the real one."""
+        return {
+            "train_list": [[f"data_batch_{k}", self.md5[f"data_batch_{k}"]] for k in range(1, 6)],
+            "test_list": [["test_batch", self.md5["test_batch"]]],
+            "meta": {"filename": "batches.meta", "key": "label_names", "md5": self.md5["batches.meta"]},
+            "tgz_md5": self.md5[ARCHIVE],
+        }
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCIFAR10:
+    root = tmp_path_factory.mktemp("tiny") / "data"
+    root.mkdir()
+    return TinyCIFAR10(root)
+
+
+@pytest.fixture(autouse=True)
+def tiny_root(tiny: TinyCIFAR10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs each test in an empty folder, where CIFAR-10 is the tiny one and the network is out of reach."""
+    for name, value in tiny.expectations().items():
+        monkeypatch.setattr(datasets.CIFAR10, name, value)
+    monkeypatch.setenv("CIFAR10_ROOT", str(tiny.root))
+    monkeypatch.setenv("CIFAR10_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return tiny.root

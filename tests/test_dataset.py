@@ -1,0 +1,175 @@
+"""The Dataset and its loaders: the right pictures, reproducible and different augmentation, clear refusals."""
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchvision import datasets
+
+from conftest import TEST_COUNT, TRAIN_COUNT
+from dataset import (
+    AUGMENTATIONS,
+    CIFAR10,
+    CLASSES,
+    MEAN,
+    STD,
+    EpochSampler,
+    denormalize,
+    eval_transform,
+    make_loader,
+    train_transform,
+)
+
+
+def epoch_of(loader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def training_loader(workers: int, seed: int = 0, **options) -> DataLoader:
+    dataset = CIFAR10(train=True, augment=AUGMENTATIONS, seed=seed)
+    return make_loader(dataset, batch_size=64, train=True, workers=workers, **options)
+
+
+def test_holds_what_torchvision_reads(tiny_root):
+    reference = datasets.CIFAR10(tiny_root, train=False)
+    dataset = CIFAR10(train=False)
+    assert len(dataset) == len(reference) == TEST_COUNT
+    np.testing.assert_array_equal(dataset.images.numpy(), reference.data)
+    assert dataset.labels.tolist() == reference.targets
+    assert dataset.classes == CLASSES == tuple("plane car bird cat deer dog frog horse ship truck".split())
+
+
+def test_without_augmentation_an_item_is_the_normalised_picture():
+    dataset = CIFAR10(train=False)
+    image, label = dataset[7]
+    expected = (dataset.images[7] / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(image, expected.permute(2, 0, 1))
+    assert (image.dtype, image.shape, label) == (torch.float32, (3, 32, 32), int(dataset.labels[7]))
+
+
+def test_denormalize_gives_the_picture_back():
+    dataset = CIFAR10(train=False)
+    images = torch.stack([dataset[i][0] for i in range(10)])
+    np.testing.assert_array_equal(denormalize(images), dataset.images[:10].numpy())
+
+
+def test_items_and_batches_are_the_same():
+    dataset = CIFAR10(augment=AUGMENTATIONS)
+    keys = [(3, 5), 7, (0, 7), (4, 199)]
+    for (image, label), key in zip(dataset.__getitems__(keys), keys, strict=True):
+        torch.testing.assert_close(image, dataset[key][0], rtol=0, atol=0)
+        assert label == dataset[key][1]
+
+
+def test_is_a_sequence_with_an_end():
+    dataset = CIFAR10(train=False)
+    assert len(list(dataset)) == TEST_COUNT
+    torch.testing.assert_close(dataset[-1][0], dataset[TEST_COUNT - 1][0])
+    with pytest.raises(IndexError):
+        dataset[TEST_COUNT]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_augmentation_does_not_depend_on_the_number_of_workers(workers):
+    here, there = training_loader(0), training_loader(workers)
+    for _ in range(2):
+        for a, b in zip(epoch_of(here), epoch_of(there), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_both_kinds_give_the_same(context):
+    loader = training_loader(2)
+    loader.multiprocessing_context = context
+    assert torch.equal(epoch_of(loader)[0], epoch_of(training_loader(0))[0])
+
+
+def test_no_epoch_no_seed_and_no_image_repeats_another():
+    dataset = CIFAR10(augment=AUGMENTATIONS)
+    dataset.images[:] = dataset.images[0].clone()  # the same picture everywhere: only the draws differ
+    draws = [dataset[epoch, index][0] for epoch in range(5) for index in range(20)]
+    dataset.seed = 1
+    draws += [dataset[0, index][0] for index in range(20)]
+    assert len({draw.numpy().tobytes() for draw in draws}) == len(draws)
+
+
+def test_every_epoch_has_every_image_once_in_another_order():
+    sampler = EpochSampler(TRAIN_COUNT)
+    first, second = list(sampler), list(sampler)
+    assert {epoch for epoch, _ in first} == {0}
+    assert {epoch for epoch, _ in second} == {1}
+    for epoch in (first, second):
+        assert sorted(index for _, index in epoch) == list(range(TRAIN_COUNT))
+    assert [i for _, i in first] != [i for _, i in second] != list(range(TRAIN_COUNT))
+    sampler.epoch = 0
+    assert list(sampler) == first
+
+
+def test_the_loader_leaves_no_image_out_and_keeps_the_order_of_the_test_set():
+    loader = make_loader(CIFAR10(train=False), batch_size=64, train=False)
+    images, labels = epoch_of(loader)
+    assert [len(labels) for _, labels in loader] == [64, 36]
+    assert torch.equal(labels, loader.dataset.labels)
+    assert len(images) == TEST_COUNT
+
+
+def test_global_random_states_are_neither_used_nor_moved():
+    dataset = CIFAR10(augment=AUGMENTATIONS)
+    state = torch.get_rng_state()
+    first = dataset[0][0]
+    np.random.seed(5)
+    torch.testing.assert_close(dataset[0][0], first, rtol=0, atol=0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_each_augmentation_does_what_it_says():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    drawn = {name: [train_transform([name])(image=picture)["image"] for _ in range(50)] for name in AUGMENTATIONS}
+    padded = np.pad(picture, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    crops = {padded[y : y + 32, x : x + 32].tobytes() for y in range(5) for x in range(5)}
+    assert {d.tobytes() for d in drawn["crop"]} <= crops
+    assert {d.tobytes() for d in drawn["flip"]} == {picture.tobytes(), picture[:, ::-1].tobytes()}
+    for holed in drawn["cutout"]:
+        changed = (holed != picture).any(axis=2)
+        assert changed.sum() >= 60  # of 64; a pixel may have had the mean colour
+        assert np.abs(holed[changed].astype(float) - 255 * np.array(MEAN)).max() <= 1
+    assert 5 < sum((d == picture).all() for d in drawn["affine"]) < 45
+
+
+def test_transforms_refuse_arguments_that_albumentations_would_ignore():
+    assert train_transform().strict
+    assert eval_transform().strict
+    with pytest.raises(ValueError, match="max_holes"):
+        A.Compose([A.CoarseDropout(max_holes=1)], strict=True)
+
+
+@pytest.mark.parametrize("augment", [["blur"], "crop"])
+def test_unknown_augmentations_are_refused(augment):
+    with pytest.raises(ValueError, match="crop, flip, affine, cutout"):
+        CIFAR10(augment=augment)
+
+
+def test_unknown_data_is_refused():
+    with pytest.raises(ValueError, match="'synthetic'"):
+        CIFAR10(data="imagenet")
+
+
+def test_the_stand_in_has_the_shapes_of_cifar10_and_cannot_pass_for_it():
+    dataset = CIFAR10(data="synthetic")
+    assert dataset.images.shape == (50_000, 32, 32, 3)
+    assert dataset.images.dtype == torch.uint8
+    assert dataset.labels.bincount().tolist() == [5000] * 10
+    assert all("synthetic" in name for name in dataset.classes)
+    assert len(CIFAR10(train=False, data="synthetic")) == 10_000
+
+
+def test_a_subset_has_its_own_images_and_augmentation():
+    whole = CIFAR10(augment=AUGMENTATIONS)
+    part = whole.subset([5, 3])
+    assert len(part) == 2
+    assert torch.equal(part.images, whole.images[[5, 3]])
+    assert part.augment is None
+    assert whole.augment is not None

@@ -1,0 +1,143 @@
+"""CIFAR-10 on disk: where it is looked for, how it gets there, and what is refused."""
+
+import http.server
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+import storage
+from conftest import TRAIN_COUNT
+from storage import ARCHIVE, FOLDER, DataError, DataUnreachableError, load_cifar10, prepare
+
+
+@pytest.fixture
+def nowhere(monkeypatch) -> Path:
+    """No data anywhere: neither in CIFAR10_ROOT nor in ./data."""
+    monkeypatch.delenv("CIFAR10_ROOT")
+    return Path("data")
+
+
+@pytest.fixture
+def mirror(tiny, monkeypatch):
+    """A web server on the loopback with the archive; `mirror(body)` serves something else instead."""
+    served = {"body": tiny.archive.read_bytes(), "claimed": None}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(served["claimed"] or len(served["body"])))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(served["body"])
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{server.server_port}/{ARCHIVE}")
+    yield served
+    server.shutdown()
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) if folder.exists() else []
+
+
+def test_the_folder_given_comes_before_the_environment_and_data(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR10_ROOT", "from-environment")
+    assert storage.search_path("given") == [Path("given"), Path("from-environment"), Path("data")]
+    shutil.copytree(tiny.root / FOLDER, tmp_path / "given" / FOLDER)
+    assert prepare("given") == Path("given")
+    monkeypatch.setenv("CIFAR10_ROOT", str(tiny.root))
+    assert prepare("empty") == tiny.root
+
+
+def test_the_batch_folder_itself_is_understood(tiny, nowhere):
+    assert prepare(tiny.root / FOLDER) == tiny.root
+
+
+def test_an_archive_put_there_by_hand_is_unpacked(tiny, nowhere):
+    nowhere.mkdir()
+    shutil.copy(tiny.archive, nowhere)
+    images, labels = load_cifar10(train=True)
+    assert images.shape == (TRAIN_COUNT, 32, 32, 3)
+    assert sorted(os.listdir(nowhere)) == [FOLDER, ARCHIVE]
+    assert len(labels) == TRAIN_COUNT
+
+
+def test_is_downloaded_from_the_mirror_and_only_once(nowhere, mirror):
+    prepare()
+    assert os.listdir(nowhere) == [FOLDER]
+    mirror["body"] = b""
+    prepare()
+
+
+@pytest.mark.parametrize("body", [b"<html>Not found</html>", b"", b"\x1f\x8b" + bytes(1000)])
+def test_a_wrong_download_is_refused_and_leaves_nothing(nowhere, mirror, body):
+    mirror["body"] = body
+    with pytest.raises(DataUnreachableError):
+        prepare()
+    assert not nowhere.exists()
+
+
+def test_a_download_that_breaks_off_leaves_nothing(nowhere, mirror):
+    nowhere.mkdir()
+    mirror["claimed"] = len(mirror["body"])
+    mirror["body"] = mirror["body"][:1000]
+    with pytest.raises(DataUnreachableError):
+        prepare()
+    assert everything_in(nowhere) == []
+
+
+def test_an_interrupt_leaves_nothing(nowhere, mirror, monkeypatch):
+    def interrupt(*args) -> None:
+        Path(args[1], "half").write_bytes(b"written")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "extract_archive", lambda archive, folder: interrupt(archive, folder))
+    with pytest.raises(KeyboardInterrupt):
+        prepare()
+    assert not nowhere.exists()
+
+
+def test_without_data_and_network_the_error_says_where_why_and_what_to_do(nowhere):
+    with pytest.raises(DataUnreachableError) as error:
+        prepare("given")
+    message = str(error.value)
+    for part in (str(Path("given").absolute()), str(nowhere.absolute()), "127.0.0.1:9", "refused"):
+        assert part in message
+    for way_out in ("--data-dir", "CIFAR10_ROOT", "CIFAR10_URL", "--data synthetic", ARCHIVE):
+        assert way_out in message
+    assert not Path("given").exists()
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_file_is_named_and_never_unpickled(tiny, nowhere, name, damage, monkeypatch):
+    shutil.copytree(tiny.root / FOLDER, nowhere / FOLDER)
+    path = nowhere / FOLDER / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    monkeypatch.setattr("pickle.load", lambda *args, **kwargs: pytest.fail("unpickled a damaged file"))
+    with pytest.raises(DataError, match=name) as error:
+        load_cifar10(train=True)
+    assert ("missing" if damage == "delete" else "altered or truncated") in str(error.value)
+    assert "Delete the folder" in str(error.value)
+
+
+def test_a_wrong_archive_is_named_and_kept(nowhere):
+    nowhere.mkdir()
+    (nowhere / ARCHIVE).write_bytes(b"<html>Sign in to the hotel's network</html>")
+    with pytest.raises(DataError, match=ARCHIVE):
+        prepare()
+    assert everything_in(nowhere) == [ARCHIVE]
