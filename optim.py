@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict],
-        lr: float = 0.24,
+        lr: float = 0.16,
         momentum: float = 0.6,
         orthogonal: bool = True,
         rescale: bool = True,
@@ -72,11 +72,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def recipe_optimizer(model: nn.Module, lr: float = 0.24) -> Muon:
+def recipe_optimizer(model: nn.Module, lr: float = 0.16) -> Muon:
     """The recipe's optimizer for any network, not only `Net`.
 
     Dense filters of at least 32 weights go to Muon at `lr`. Smaller and depthwise ones, BatchNorm and biases go to SGD
-    at 0.05, and the last linear layer at 0.67 (airbench94's rates), both times lr / 0.24.
+    at 0.05, and the last linear layer at 0.67 (airbench94's rates), both times lr / 0.16.
     """
     last_linear = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     head = list(last_linear.parameters()) if last_linear else []
@@ -92,7 +92,7 @@ def recipe_optimizer(model: nn.Module, lr: float = 0.24) -> Muon:
             "lr": lr,
             "rescale": any(isinstance(m, nn.BatchNorm2d) for m in model.modules()),
         },
-        {"params": rest, "lr": 0.05 / 0.24 * lr, "momentum": 0.85, "orthogonal": False},
-        {"params": [p for p in head if p.requires_grad], "lr": 0.67 / 0.24 * lr, "momentum": 0.85, "orthogonal": False},
+        {"params": rest, "lr": 0.05 / 0.16 * lr, "momentum": 0.85, "orthogonal": False},
+        {"params": [p for p in head if p.requires_grad], "lr": 0.67 / 0.16 * lr, "momentum": 0.85, "orthogonal": False},
     ]
     return Muon([group for group in groups if group["params"]])

@@ -151,8 +151,9 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         progress: Whether to show bars; by default on a terminal and in a notebook.
 
     Returns:
-        The history: "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds" (of
-        training alone, since the start), each with a value per epoch. Losses in nats, accuracies in percent.
+        The history, a list with a value per epoch under each of "epoch", "train_loss", "train_accuracy", "test_loss",
+        "test_accuracy" (losses in nats, accuracies in percent), "lr" (of the filters, when the epoch starts),
+        "seconds" (of training alone, since the start) and "data".
 
         Saved after every epoch: metrics.json (history, settings, versions, hardware, times), curves.png, model.pt.
 
@@ -182,7 +183,7 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
     seconds = 0.0
     for epoch in range(1, config.epochs + 1):
         title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
-        lr, epoch_started = scheduler.get_last_lr()[0], time.perf_counter()
+        epoch_started = time.perf_counter()
         train_loss, train_accuracy = train_one_epoch(
             model,
             train_loader,
@@ -195,6 +196,7 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         )
         seconds += time.perf_counter() - epoch_started
         test_loss, test_accuracy = evaluate(model, test_loader, runtime=runtime)
+        lr = config.lr * (1 - (epoch - 1) / config.epochs)
         row = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr, round(seconds, 2), config.data)
         for column, value in zip(columns, row, strict=True):
             history[column].append(value)

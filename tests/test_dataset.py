@@ -4,10 +4,10 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from conftest import TEST_COUNT, TRAIN_COUNT
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-from conftest import TEST_COUNT, TRAIN_COUNT
 from dataset import (
     AUGMENTATIONS,
     CIFAR10,
@@ -38,7 +38,8 @@ def test_holds_what_torchvision_reads(tiny_root):
     assert len(dataset) == len(reference) == TEST_COUNT
     np.testing.assert_array_equal(dataset.images.numpy(), reference.data)
     assert dataset.labels.tolist() == reference.targets
-    assert dataset.classes == CLASSES == tuple("plane car bird cat deer dog frog horse ship truck".split())
+    assert dataset.classes == CLASSES
+    assert " ".join(CLASSES) == "plane car bird cat deer dog frog horse ship truck"
 
 
 def test_without_augmentation_an_item_is_the_normalised_picture():
@@ -71,6 +72,7 @@ def test_is_a_sequence_with_an_end():
         dataset[TEST_COUNT]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4:UserWarning")
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_augmentation_does_not_depend_on_the_number_of_workers(workers):
     here, there = training_loader(0), training_loader(workers)
@@ -86,13 +88,15 @@ def test_workers_of_both_kinds_give_the_same(context):
     assert torch.equal(epoch_of(loader)[0], epoch_of(training_loader(0))[0])
 
 
-def test_no_epoch_no_seed_and_no_image_repeats_another():
+def test_epochs_images_and_seeds_do_not_repeat_each_other():
     dataset = CIFAR10(augment=AUGMENTATIONS)
-    dataset.images[:] = dataset.images[0].clone()  # the same picture everywhere: only the draws differ
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    dataset.images[:] = torch.from_numpy(noise)  # the same picture everywhere: only the draws differ
     draws = [dataset[epoch, index][0] for epoch in range(5) for index in range(20)]
     dataset.seed = 1
     draws += [dataset[0, index][0] for index in range(20)]
-    assert len({draw.numpy().tobytes() for draw in draws}) == len(draws)
+    different = {draw.numpy().tobytes() for draw in draws}
+    assert len(different) >= len(draws) - 3  # some 60,000 draws are possible, so two may meet by chance
 
 
 def test_every_epoch_has_every_image_once_in_another_order():
@@ -142,7 +146,7 @@ def test_each_augmentation_does_what_it_says():
 def test_transforms_refuse_arguments_that_albumentations_would_ignore():
     assert train_transform().strict
     assert eval_transform().strict
-    with pytest.raises(ValueError, match="max_holes"):
+    with pytest.raises(ValueError, match="max_holes"), pytest.warns(UserWarning, match="max_holes"):
         A.Compose([A.CoarseDropout(max_holes=1)], strict=True)
 
 

@@ -1,6 +1,7 @@
 """What others rely on in `model.Net`: its size, its shapes, its output, and that it travels well."""
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_the_blocks_bear_the_names_of_the_architecture():
 
 def test_has_a_depthwise_separable_convolution():
     layers = convolutions(Net())
-    pairs = [(a, b) for a, b in zip(layers, layers[1:], strict=False) if a.groups == a.in_channels == a.out_channels > 1]
+    pairs = [(a, b) for a, b in itertools.pairwise(layers) if a.groups == a.in_channels == a.out_channels > 1]
     assert any(a.kernel_size == (3, 3) and b.kernel_size == (1, 1) and b.groups == 1 for a, b in pairs)
 
 

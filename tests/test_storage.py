@@ -7,9 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import TRAIN_COUNT
 
 import storage
-from conftest import TRAIN_COUNT
 from storage import ARCHIVE, FOLDER, DataError, DataUnreachableError, load_cifar10, prepare
 
 

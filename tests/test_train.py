@@ -1,0 +1,224 @@
+"""The loops, `fit` and the command line, on the tiny data."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEST_COUNT
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import train
+from config import Config, Runtime, SettingError, choose_runtime
+from model import Net
+from optim import Muon, orthogonalize, recipe_optimizer
+from train import NonFiniteLossError, evaluate, fit, make_loaders, predict, train_one_epoch
+
+PLAIN = Runtime(torch.device("cpu"), bf16=False, channels_last=False)
+REPOSITORY = Path(__file__).parents[1]
+
+
+def quick(**settings) -> Config:
+    return Config(**{"epochs": 2, "batch_size": 64, "workers": 0, "precision": "fp32", "name": "quick", **settings})
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def test_fit_learns_and_saves_what_it_returns():
+    torch.manual_seed(0)
+    model = Net()
+    history = fit(quick(epochs=8, batch_size=25, augment=()), model)
+    assert history["epoch"] == list(range(1, 9))
+    assert history["train_loss"][-1] < history["train_loss"][0]
+    assert history["test_accuracy"][-1] > 40  # chance is 10
+    folder = Path("runs/quick")
+    saved = json.loads((folder / "metrics.json").read_text())
+    assert saved["history"] == history
+    assert saved["parameters"] == 2_034_040
+    assert saved["config"]["seed"] == 0
+    assert {"versions", "hardware", "wall_seconds", "runtime"} <= set(saved)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    loaded = Net()
+    loaded.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    _, test_loader = make_loaders(quick())
+    assert evaluate(loaded, test_loader, runtime=PLAIN)[1] == pytest.approx(history["test_accuracy"][-1])
+    assert not list(folder.glob(".*"))
+
+
+def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers():
+    weights = []
+    for name, workers in (("a", 0), ("b", 1), ("c", 2)):
+        model = small_network()
+        fit(quick(name=name, workers=workers), model)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_metrics_are_weighted_by_samples():
+    scores = torch.randn(10, 10)
+    labels = torch.arange(10)
+    loader = DataLoader(TensorDataset(scores, labels), batch_size=4)  # 4, 4 and 2
+    loss, accuracy = evaluate(nn.Identity(), loader, runtime=dataclasses.replace(PLAIN))
+    assert loss == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (scores.argmax(1) == labels).float().mean().item())
+
+
+def test_training_loss_is_reported_without_smoothing_and_steps_once_per_batch():
+    images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
+    model = small_network()
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(frozen, lambda step: 1.0)
+    loss, _ = train_one_epoch(model, loader, frozen, scheduler, runtime=PLAIN, label_smoothing=0.5)
+    assert loss == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=1e-5)
+    assert scheduler.last_epoch == 3
+
+
+def test_evaluation_changes_nothing_and_keeps_the_mode():
+    model, (_, loader) = Net(), make_loaders(quick())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    log_probs, labels = predict(model, loader, runtime=PLAIN)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(labels, loader.dataset.labels)
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(TEST_COUNT))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model = small_network()
+    nn.init.constant_(model[0].weight, float("nan"))
+    with pytest.raises(NonFiniteLossError, match="lower lr"):
+        fit(quick(), model)
+
+
+def test_the_rate_falls_linearly_to_zero():
+    assert fit(quick(epochs=4), small_network())["lr"] == pytest.approx([0.16, 0.12, 0.08, 0.04])
+
+
+def test_a_run_is_not_overwritten():
+    fit(quick(epochs=1), small_network())
+    before = Path("runs/quick/metrics.json").read_bytes()
+    with pytest.raises(SettingError, match="already holds a run"):
+        fit(quick(epochs=1), small_network())
+    assert Path("runs/quick/metrics.json").read_bytes() == before
+
+
+def test_holdout_keeps_training_images_apart_and_the_test_set_out():
+    train_loader, test_loader = make_loaders(quick(holdout=50))
+    assert (len(train_loader.dataset), len(test_loader.dataset)) == (150, 50)
+    trained = {image.numpy().tobytes() for image in train_loader.dataset.images}
+    assert not trained & {image.numpy().tobytes() for image in test_loader.dataset.images}
+    assert test_loader.dataset.augment is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", True),
+        ("batch_size", 1),
+        ("lr", -0.1),
+        ("lr", float("nan")),
+        ("label_smoothing", 1.0),
+        ("data", "imagenet"),
+        ("augment", ("blur",)),
+        ("seed", -1),
+        ("workers", "two"),
+        ("device", "tpu"),
+        ("precision", "fp8"),
+        ("name", ""),
+    ],
+)
+def test_bad_settings_are_refused_by_name(field, value):
+    with pytest.raises(SettingError, match=f"^{field} must be .*, got "):
+        Config(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("batch_size", 201), ("holdout", 200)])
+def test_settings_beyond_the_data_are_refused_by_name(field, value):
+    with pytest.raises(SettingError, match=field):
+        fit(quick(**{field: value}), small_network())
+    assert not Path("runs").exists()
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(SettingError, match="cuda is not available"):
+        choose_runtime(device="cuda")
+
+
+def test_runtime_can_be_overridden():
+    assert str(choose_runtime("cpu", "bf16", "contiguous")) == "cpu, bf16, contiguous"
+    assert str(choose_runtime("cpu", "fp32", "channels_last")) == "cpu, fp32, channels_last"
+
+
+def test_the_command_line_has_every_field_and_no_other():
+    defaults = train.parse_args([])
+    assert defaults == Config()
+    command = "--epochs 3 --lr 0.1 --augment crop cutout --data synthetic --batch-size 100"
+    parsed = train.parse_args(command.split(" "))
+    assert parsed == Config(epochs=3, lr=0.1, augment=("crop", "cutout"), data="synthetic", batch_size=100)
+    assert train.parse_args(["--augment"]).augment == ()
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--lr", "fast"], ["--colour", "red"]])
+def test_the_command_line_refuses_with_usage_and_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.parse_args(arguments)
+    assert exit_.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_the_command_line_says_what_is_missing_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.delenv("CIFAR10_ROOT")
+    assert train.main(["--epochs", "1"]) == 1
+    assert "--data synthetic" in capsys.readouterr().err
+
+
+def test_help_runs_as_a_script_and_names_every_field(tmp_path):
+    run = subprocess.run(
+        [sys.executable, REPOSITORY / "train.py", "--help"], capture_output=True, text=True, check=True
+    )
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in run.stdout
+
+
+def test_orthogonalize_keeps_the_directions_and_evens_out_their_lengths():
+    matrix = torch.randn(8, 40) * torch.logspace(0, 1, 8)[:, None]
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(matrix)
+    assert torch.linalg.svdvals(result).min() > 0.5
+    assert torch.linalg.svdvals(result).max() < 1.4
+    assert (u.T @ result @ v.T).diagonal().min() > 0.5
+    torch.testing.assert_close(orthogonalize(matrix.T), result.T, rtol=0.1, atol=0.05)
+
+
+def test_every_parameter_has_one_place_in_the_optimizer():
+    net = Net()
+    optimizer = recipe_optimizer(net)
+    placed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, placed)) == sorted(map(id, net.parameters()))
+    orthogonal = {id(p) for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
+    assert id(net.c3[0].conv.weight) in orthogonal
+    assert id(net.c4[1].depthwise.conv.weight) not in orthogonal
+
+
+def test_sgd_groups_step_as_torch_sgd_does():
+    ours, theirs = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    muon = Muon([ours], lr=0.1, momentum=0.9, orthogonal=False)
+    sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        for parameter, optimizer in ((ours, muon), (theirs, sgd)):
+            optimizer.zero_grad()
+            parameter.pow(2).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,108 @@
+"""The pictures: figures that say what they show, returned and never shown."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from dataset import AUGMENTATIONS, CIFAR10
+from model import Net
+from utils import (
+    per_class_accuracy,
+    plot_augmentations,
+    plot_confusion,
+    plot_curves,
+    plot_misclassified,
+    plot_per_class,
+    plot_samples,
+    show_summary,
+)
+
+
+@pytest.fixture
+def test_set() -> CIFAR10:
+    return CIFAR10(train=False)
+
+
+@pytest.fixture
+def log_probs(test_set) -> torch.Tensor:
+    """Right everywhere but for images 3 (fairly sure of class 8) and 7 (surer of class 0)."""
+    probs = torch.full((len(test_set), 10), 0.01)
+    probs[torch.arange(len(test_set)), test_set.labels] = 0.91
+    for image, answer, p in ((3, 8, 0.6), (7, 0, 0.8)):
+        probs[image] = (1 - p) / 9
+        probs[image, answer] = p
+    return probs.log()
+
+
+def history(data: str = "cifar10") -> dict[str, list]:
+    rows = {"epoch": [1, 2], "train_loss": [1.0, 0.5], "test_loss": [1.1, 0.7], "lr": [0.2, 0.1], "data": [data] * 2}
+    return rows | {"train_accuracy": [50.0, 80.0], "test_accuracy": [45.0, 75.5]}
+
+
+def texts(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(plt.Text))
+
+
+def test_every_plot_returns_a_figure_that_pyplot_does_not_hold(test_set, log_probs, monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda *args, **kwargs: pytest.fail("show() was called"))
+    figures = [
+        plot_curves(history()),
+        plot_samples(test_set),
+        plot_augmentations(CIFAR10(augment=AUGMENTATIONS)),
+        plot_misclassified(test_set, log_probs),
+        plot_confusion(log_probs, test_set.labels, test_set.classes),
+        plot_per_class(log_probs, test_set.labels, test_set.classes),
+    ]
+    assert all(isinstance(figure, Figure) for figure in figures)
+    assert plt.get_fignums() == []
+
+
+def test_curves_share_axes_and_name_units():
+    figure = plot_curves(history())
+    loss, accuracy, _ = figure.axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[1.0, 0.5], [1.1, 0.7]]
+    assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[50.0, 80.0], [45.0, 75.5]]
+    for part in ("nats", "accuracy (%)", "epoch", "75.50 %", "original, 73.20 %"):
+        assert part in texts(figure)
+
+
+def test_curves_of_the_stand_in_say_so_and_are_not_compared_with_the_original():
+    shown = texts(plot_curves(history("synthetic")))
+    assert "synthetic" in shown
+    assert "73.20" not in shown
+
+
+def test_samples_show_ten_of_each_class(test_set):
+    figure = plot_samples(test_set)
+    pictures = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(pictures) == 100
+    for name in test_set.classes:
+        assert name in texts(figure)
+
+
+def test_misclassified_shows_only_mistakes_the_most_confident_first(test_set, log_probs):
+    figure = plot_misclassified(test_set, log_probs)
+    shown = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == ["horse → plane (0.80)", "cat → ship (0.60)"]
+    assert (shown[0].images[0].get_array() == test_set.images[7].numpy()).all()
+    assert "2 of 100 wrong" in texts(figure)
+
+
+def test_confusion_and_per_class_accuracy_count(test_set, log_probs):
+    accuracy = per_class_accuracy(log_probs, test_set.labels, test_set.classes)
+    assert accuracy == {name: pytest.approx(90 if name in ("cat", "horse") else 100) for name in test_set.classes}
+    figure = plot_confusion(log_probs, test_set.labels, test_set.classes)
+    counts = [int(text.get_text()) for text in figure.axes[0].texts]
+    assert sum(counts) == 100
+    assert counts[3 * 10 + 8] == counts[7 * 10] == 1
+
+
+def test_summary_counts_and_disturbs_nothing(capsys):
+    net = Net()
+    before, random_state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    assert show_summary(net) == 2_034_040
+    assert "Total params: 2,034,040" in capsys.readouterr().out
+    assert net.training
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
