@@ -34,7 +34,7 @@ def plot_curves(history: dict[str, list]) -> Figure:
     for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
         for part, colour, marker in (("train", TRAIN, "o"), ("test", TEST, "s")):
             values = history[f"{part}_{quantity}"]
-            label = f"{part}, {values[-1]:.2f} {'%' if quantity == 'accuracy' else ''}at the end"
+            label = f"{part}, {values[-1]:.2f} {'% ' if quantity == 'accuracy' else ''}at the end"
             axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=label)
     if not synthetic:
         accuracy.axhline(ORIGINAL_ACCURACY, color=ORIGINAL, linestyle="--", linewidth=1, label="original, 73.20 %")
@@ -62,7 +62,7 @@ def plot_samples(dataset: CIFAR10, per_class: int = 10, seed: int = 0) -> Figure
     for row, name, k in zip(grid, dataset.classes, range(10), strict=False):
         of_class = np.flatnonzero(labels == k)
         for axes, i in zip(row, rng.permutation(of_class)[:per_class], strict=False):
-            axes.imshow(dataset.images[i].numpy())
+            axes.imshow(dataset.images[i].numpy(), interpolation="nearest")
         row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
     return figure
 
@@ -75,7 +75,7 @@ def plot_augmentations(dataset: CIFAR10, index: int = 0, draws: int = 20) -> Fig
     pictures = [dataset.images[index].numpy(), *denormalize(torch.stack(pictures))]
     titles = ["as it is", *(f"epoch {epoch}" for epoch in range(1, draws))]
     for axes, picture, title in zip(grid.flat, pictures, titles, strict=False):
-        axes.imshow(picture)
+        axes.imshow(picture, interpolation="nearest")
         axes.set_title(title, fontsize=9)
     figure.suptitle(dataset.classes[int(dataset.labels[index])])
     return figure
@@ -95,7 +95,7 @@ def plot_misclassified(dataset: CIFAR10, log_probs: Tensor, count: int = 20) -> 
     columns = 5
     figure, grid = _picture_grid(max(1, -(-len(worst) // columns)), columns, width=10, title_height=0.32)
     for axes, i in zip(grid.flat, worst, strict=False):
-        axes.imshow(dataset.images[i].numpy())
+        axes.imshow(dataset.images[i].numpy(), interpolation="nearest")
         true, answer = dataset.classes[int(dataset.labels[i])], dataset.classes[int(predicted[i])]
         axes.set_title(f"{true} → {answer} ({probs[i]:.2f})", fontsize=11)
     figure.suptitle(f"{len(wrong):,} of {len(dataset):,} wrong; the most confident")
