@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,11 @@ class Config:
                 expected = f"{'an integer' if field.type is int else 'a number'} from {low} to {high}"
             elif choices:
                 ok, expected = value in choices, f"one of {', '.join(choices)}"
+            elif field.name == "name":
+                ok = value is None or (isinstance(value, str) and value not in ("", "..") and Path(value).name == value)
+                expected = "a plain name, without folders"
             else:
-                ok, expected = value is None or (isinstance(value, str | os.PathLike) and value != ""), "a path or name"
+                ok, expected = value is None or isinstance(value, str | os.PathLike), "a path"
             if not ok:
                 raise SettingError(f"{field.name} must be {expected}, got {value!r}")
 

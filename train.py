@@ -221,7 +221,7 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
                 "torchvision": torchvision.__version__,
             },
         }
-        _write(folder / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))  # noqa: B023
+        _write(folder / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1, default=str) + "\n"))  # noqa: B023
         _write(folder / "curves.png", lambda path: plot_curves(history).savefig(path, format="png"))
         _write(folder / "model.pt", lambda path: torch.save(model.state_dict(), path))
     return history

@@ -32,10 +32,10 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
-def test_fit_learns_and_saves_what_it_returns():
+def test_fit_learns_and_saves_what_it_returns(tiny_root):
     torch.manual_seed(0)
     model = Net()
-    history = fit(quick(epochs=8, batch_size=25, augment=()), model)
+    history = fit(quick(epochs=8, batch_size=25, augment=(), data_dir=tiny_root), model)
     assert history["epoch"] == list(range(1, 9))
     assert history["train_loss"][-1] < history["train_loss"][0]
     assert history["test_accuracy"][-1] > 40  # chance is 10
@@ -137,6 +137,8 @@ def test_holdout_keeps_training_images_apart_and_the_test_set_out():
         ("device", "tpu"),
         ("precision", "fp8"),
         ("name", ""),
+        ("name", "../elsewhere"),
+        ("data_dir", 5),
     ],
 )
 def test_bad_settings_are_refused_by_name(field, value):
