@@ -81,7 +81,7 @@ class Net(nn.Module):
             raise ValueError(
                 f"expected normalised float images, got {x.dtype}; normalise them with dataset.MEAN and STD"
             )
-        x = self.c4(self.c3(self.c2(self.c1(x))))  # (N, 228, H // 10, W // 10), about
+        x = self.c4(self.c3(self.c2(self.c1(x))))  # (N, 228, (H - 1) // 8, (W - 1) // 8)
         x = self.fc(self.gap(x).flatten(1))  # (N, num_classes)
         return F.log_softmax(x.float(), dim=1)
 

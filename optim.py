@@ -1,4 +1,4 @@
-"""The optimizer: orthogonalised momentum for convolution filters, Nesterov momentum for everything else."""
+"""The optimizer: orthogonalised momentum for dense convolution filters, Nesterov momentum for everything else."""
 
 from collections.abc import Callable, Iterable
 
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
                 update = parameter.grad.add(momentum, alpha=group["momentum"])  # Nesterov
                 if group["orthogonal"]:
                     if group["rescale"]:
-                        parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                        parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp(min=1e-7))
                     update = orthogonalize(update.flatten(1)).view(parameter.shape)
                 parameter.add_(update, alpha=-group["lr"])
         return loss
@@ -77,6 +77,7 @@ def recipe_optimizer(model: nn.Module, lr: float = 0.16) -> Muon:
 
     Dense filters of at least 32 weights go to Muon at `lr`. Smaller and depthwise ones, BatchNorm and biases go to SGD
     at 0.05, and the last linear layer at 0.67 (airbench94's rates), both times lr / 0.16.
+    Filters are rescaled where the network has BatchNorm at all, taken to stand behind every dense convolution.
     """
     last_linear = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     head = list(last_linear.parameters()) if last_linear else []
@@ -84,7 +85,7 @@ def recipe_optimizer(model: nn.Module, lr: float = 0.16) -> Muon:
     filters, rest = [], []
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in in_head:
-            dense = parameter.ndim == 4 and parameter[0].numel() >= 32
+            dense = parameter.ndim == 4 and parameter.shape[1] > 1 and parameter[0].numel() >= 32
             (filters if dense else rest).append(parameter)
     groups = [
         {

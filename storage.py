@@ -4,11 +4,12 @@ Nothing is unpickled before its md5 has been checked, and nothing half-written i
 `python storage.py` does it all and says where the data is; status 3 means out of reach, 1 damaged.
 """
 
+import contextlib
 import os
-import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +90,11 @@ def _install(root: Path, archive: Path) -> None:
             "or another file. Delete it and run again, or put the right file there "
             f"(md5 {datasets.CIFAR10.tgz_md5})."
         )
-    with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as scratch:
+    with _scratch_folder(root) as scratch:
         extract_archive(archive, scratch)
-        _refuse_damage(Path(scratch))
+        _refuse_damage(scratch)
         try:
-            os.rename(Path(scratch) / FOLDER, root / FOLDER)
+            os.rename(scratch / FOLDER, root / FOLDER)
         except OSError:  # another process was faster
             _refuse_damage(root)
 
@@ -102,28 +103,42 @@ def _download(root: Path, looked: list[Path]) -> None:
     """Downloads the archive into a scratch folder and installs it from there; raises DataError if that fails."""
     url = os.environ.get("CIFAR10_URL") or datasets.CIFAR10.url
     existed, timeout = root.exists(), socket.getdefaulttimeout()
-    installed = False
     try:
-        socket.setdefaulttimeout(30)  # seconds without a byte, not for the whole download
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as scratch:
-            download_url(url, scratch, ARCHIVE, datasets.CIFAR10.tgz_md5)
-            _install(root, Path(scratch) / ARCHIVE)
-        installed = True
-    except (OSError, RuntimeError, ValueError) as error:
-        places = "\n".join(f"  {place.absolute()}" for place in looked)
-        raise DataUnreachableError(
-            f"CIFAR-10 was not found, neither the folder {FOLDER} nor the archive {ARCHIVE}, in\n{places}\n"
-            f"and downloading it from {url} failed: {error or type(error).__name__}\n"
-            "Three ways out:\n"
-            f"  1. put {ARCHIVE} into one of these folders, or name its folder with --data-dir or CIFAR10_ROOT;\n"
-            "  2. name a mirror of the archive with CIFAR10_URL and run again;\n"
-            "  3. go on with drawn pictures instead: --data synthetic."
-        ) from error
+        with _scratch_folder(root) as scratch:
+            socket.setdefaulttimeout(30)  # seconds without a byte, not for the whole download
+            try:
+                download_url(url, scratch, ARCHIVE, datasets.CIFAR10.tgz_md5)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise _unreachable(url, looked, error) from error
+            _install(root, scratch / ARCHIVE)
     finally:
         socket.setdefaulttimeout(timeout)
-        if not installed and not existed:
-            shutil.rmtree(root, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):  # never more than an empty folder
+                root.rmdir()
+
+
+def _unreachable(url: str, looked: list[Path], error: Exception) -> DataUnreachableError:
+    places = "\n".join(f"  {place.absolute()}" for place in looked)
+    return DataUnreachableError(
+        f"CIFAR-10 was not found, neither the folder {FOLDER} nor the archive {ARCHIVE}, in\n{places}\n"
+        f"and downloading it from {url} failed: {error or type(error).__name__}\n"
+        "Three ways out:\n"
+        f"  1. put {ARCHIVE} into one of these folders, or name its folder with --data-dir or CIFAR10_ROOT;\n"
+        "  2. name a mirror of the archive with CIFAR10_URL and run again;\n"
+        "  3. go on with drawn pictures instead: --data synthetic."
+    )
+
+
+@contextlib.contextmanager
+def _scratch_folder(root: Path) -> Iterator[Path]:
+    """A folder inside `root`, gone afterwards; DataError if the disk does not let it be made or filled."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise DataError(f"cannot write CIFAR-10 to {root}: {error}; make room there, or name another folder") from error
 
 
 def draw_synthetic(train: bool, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -29,6 +29,8 @@ from model import Net
 from optim import recipe_optimizer
 from storage import DataError
 from utils import plot_curves
+
+PACKAGES = ("torch", "torchvision", "albumentations", "albucore", "opencv-python-headless", "numpy")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -50,7 +52,7 @@ def train_one_epoch(
 
     Args:
         model: Any network from (N, 3, H, W) to (N, classes), logits or log-probabilities; must be on the device.
-        runtime: From `choose_runtime`; by default what that finds best.
+        runtime: From `choose_runtime`; by default what that finds best on the model's device.
         title: Stands before the bar.
         progress: Whether to show a bar; by default on a terminal and in a notebook.
 
@@ -61,7 +63,7 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: The loss is infinite or NaN.
     """
-    runtime = runtime or choose_runtime()
+    runtime = runtime or _runtime_of(model)
     model.train()
     sums, count = torch.zeros(2, device=runtime.device), 0  # sums of loss and of correct answers
     with _bar(title, len(loader.dataset), progress) as bar:
@@ -95,7 +97,7 @@ def predict(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = N
 
     The model is left in the mode, train or eval, in which it came.
     """
-    runtime, was_training = runtime or choose_runtime(), model.training
+    runtime, was_training = runtime or _runtime_of(model), model.training
     scores, labels = [], []
     model.eval()
     try:
@@ -113,6 +115,10 @@ def evaluate(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = 
     log_probs, labels = predict(model, loader, runtime=runtime)
     loss_sum, correct = _sums(log_probs, labels).tolist()
     return loss_sum / len(labels), 100 * correct / len(labels)
+
+
+def _runtime_of(model: nn.Module) -> Runtime:
+    return choose_runtime(next(model.parameters()).device.type)
 
 
 def _sums(scores: Tensor, labels: Tensor) -> Tensor:
@@ -215,11 +221,7 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
             "runtime": str(runtime),
             "wall_seconds": round(time.perf_counter() - started, 2),
             "hardware": describe_hardware(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
         _write(folder / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1, default=str) + "\n"))  # noqa: B023
         _write(folder / "curves.png", lambda path: plot_curves(history).savefig(path, format="png"))
@@ -230,10 +232,10 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
 def _new_folder(config: Config) -> Path:
     name = config.name or f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / name
-    if (folder / "metrics.json").exists():
-        raise SettingError(f"name: {folder} already holds a run; choose another name, or move that folder away")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise SettingError(f"name: {folder} is there already; choose another name, or move it away") from error
     except OSError as error:
         raise SettingError(f"name: cannot write to {folder}: {error}") from error
     return folder

@@ -68,7 +68,7 @@ def plot_samples(dataset: CIFAR10, per_class: int = 10, seed: int = 0) -> Figure
 
 
 def plot_augmentations(dataset: CIFAR10, index: int = 0, draws: int = 20) -> Figure:
-    """One image as it is, then as the network meets it in each of the first `draws` - 1 epochs."""
+    """One image as it is, then as `dataset` draws it in each of the first `draws` - 1 epochs."""
     columns = 10
     figure, grid = _picture_grid(-(-draws // columns), columns, width=10, title_height=0.25)
     pictures = [dataset[epoch, index][0] for epoch in range(draws - 1)]

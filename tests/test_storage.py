@@ -141,3 +141,21 @@ def test_a_wrong_archive_is_named_and_kept(nowhere):
     with pytest.raises(DataError, match=ARCHIVE):
         prepare()
     assert everything_in(nowhere) == [ARCHIVE]
+
+
+def test_a_folder_that_cannot_be_written_is_not_taken_for_a_missing_network(nowhere):
+    nowhere.write_text("a file where the folder should be")
+    with pytest.raises(DataError, match="cannot write CIFAR-10 to data") as error:
+        prepare()
+    assert not isinstance(error.value, DataUnreachableError)
+
+
+def test_a_failed_download_spares_what_another_process_put_there(nowhere, monkeypatch):
+    def other_process_wins(*args) -> None:
+        (nowhere / FOLDER).mkdir()
+        raise OSError("timed out")
+
+    monkeypatch.setattr(storage, "download_url", other_process_wins)
+    with pytest.raises(DataUnreachableError, match="timed out"):
+        prepare()
+    assert everything_in(nowhere) == [FOLDER]

@@ -107,7 +107,7 @@ def test_the_rate_falls_linearly_to_zero():
 def test_a_run_is_not_overwritten():
     fit(quick(epochs=1), small_network())
     before = Path("runs/quick/metrics.json").read_bytes()
-    with pytest.raises(SettingError, match="already holds a run"):
+    with pytest.raises(SettingError, match="is there already"):
         fit(quick(epochs=1), small_network())
     assert Path("runs/quick/metrics.json").read_bytes() == before
 
@@ -224,3 +224,15 @@ def test_sgd_groups_step_as_torch_sgd_does():
             parameter.pow(2).sum().backward()
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_depthwise_and_zero_filters_of_other_networks_train():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 7, groups=8), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+    nn.init.zeros_(model[0].weight)
+    orthogonal = [p for group in recipe_optimizer(model).param_groups if group["orthogonal"] for p in group["params"]]
+    assert len(orthogonal) == 1
+    assert orthogonal[0] is model[0].weight
+    fit(quick(epochs=1), model)
+    assert all(p.isfinite().all() for p in model.parameters())
