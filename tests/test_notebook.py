@@ -37,6 +37,7 @@ def test_is_committed_from_one_clean_run(notebook):
 
 def test_runs_top_to_bottom_on_the_tiny_data(notebook, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parent))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws into the notebook
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     expectations = json.dumps(tiny.expectations())
     parameters.source = (
