@@ -119,6 +119,7 @@ def _download(root: Path, looked: list[Path]) -> None:
 
 
 def _unreachable(url: str, looked: list[Path], error: Exception) -> DataUnreachableError:
+    """The error for having found no data and reached no server: where, why, and the three ways out."""
     places = "\n".join(f"  {place.absolute()}" for place in looked)
     return DataUnreachableError(
         f"CIFAR-10 was not found, neither the folder {FOLDER} nor the archive {ARCHIVE}, in\n{places}\n"

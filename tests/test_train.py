@@ -67,7 +67,7 @@ def test_metrics_are_weighted_by_samples():
     scores = torch.randn(10, 10)
     labels = torch.arange(10)
     loader = DataLoader(TensorDataset(scores, labels), batch_size=4)  # 4, 4 and 2
-    loss, accuracy = evaluate(nn.Identity(), loader, runtime=dataclasses.replace(PLAIN))
+    loss, accuracy = evaluate(nn.Identity(), loader, runtime=PLAIN)
     assert loss == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
     assert accuracy == pytest.approx(100 * (scores.argmax(1) == labels).float().mean().item())
 
