@@ -5,28 +5,30 @@ READY := .venv/.ready
 EPOCHS ?=
 PARAMETERS := $(if $(EPOCHS),-p epochs $(EPOCHS))
 
-.PHONY: help run test train lint clean
+.PHONY: help run test train lint readme clean
 
 help:
 	@echo "make run    run the notebook top to bottom, into runs/ (EPOCHS=N for another length)"
 	@echo "make test   run the tests"
 	@echo "make train  train from the command line with the default settings"
 	@echo "make lint   check style and formatting"
+	@echo "make readme write the README's numbers and pictures from results/ and the notebook"
 	@echo "make clean  delete the environment and caches; runs/ and data/ stay"
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@
 
-# Out of reach (status 3), CIFAR-10 gives way to the drawn stand-in; damaged, it stops the run.
+# Out of reach (status 3), CIFAR-10 gives way to the drawn stand-in; damaged, it stops the run. The terminal gets a line
+# per epoch; the bars, which only a person in front of the notebook can see, stay out of the saved one.
 run: $(READY)
 	@mkdir -p runs; $(BIN)/python storage.py; status=$$?; parameters="$(PARAMETERS)"; \
 	if [ $$status = 3 ]; then \
 		echo; echo "CIFAR-10 is out of reach: running on the synthetic stand-in instead, 2 epochs."; \
 		parameters="-p data synthetic -p epochs $(or $(EPOCHS),2)"; \
 	elif [ $$status != 0 ]; then exit $$status; fi; \
-	$(BIN)/python -m papermill S9_Final.ipynb runs/S9_Final.ipynb --log-output --kernel python3 $$parameters && \
+	TQDM_DISABLE=1 $(BIN)/python -m papermill S9_Final.ipynb runs/S9_Final.ipynb --log-output --kernel python3 $$parameters && \
 	$(BIN)/python -m nbconvert --log-level WARN --to html runs/S9_Final.ipynb && \
 	echo "Look at runs/S9_Final.html, or open runs/S9_Final.ipynb."
 
@@ -39,6 +41,9 @@ train: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+readme: $(READY)
+	$(BIN)/python results/readme.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

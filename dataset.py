@@ -24,20 +24,21 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
 AUGMENTATIONS = ("crop", "flip", "affine", "cutout")
-DEFAULT_AUGMENT = ("crop", "flip")
+DEFAULT_AUGMENT = ("crop", "flip", "cutout")
 SIZE = 32  # pixels, height and width
-PADDING = 2  # pixels on each side before the crop
+PADDING = 4  # pixels on each side before the crop
 
 
-def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT) -> A.Compose:
+def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, flip: float = 0.5) -> A.Compose:
     """The random part of the training transform, in the order of `AUGMENTATIONS`: uint8 HWC 32x32 -> the same.
 
     Args:
         augment: Any of
-            "crop": pads 2 px by reflection and crops 32x32 at random, so the image moves by up to 2 px;
-            "flip": mirrors left and right, half of the time;
+            "crop": pads 4 px by reflection and crops 32x32 at random, so the image moves by up to 4 px;
+            "flip": mirrors left and right, with the probability `flip`;
             "affine": shifts by up to 5 %, scales by 0.9 to 1.1 and rotates by up to 10 degrees, half of the time;
             "cutout": covers one 8x8 square with the mean colour (DeVries & Taylor, 2017).
+        flip: `CIFAR10` passes 0 and 1 in turn.
 
     Raises:
         ValueError: A name is not among these.
@@ -49,7 +50,7 @@ def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT) -> A.Compose:
             A.PadIfNeeded(SIZE + 2 * PADDING, SIZE + 2 * PADDING, border_mode=cv2.BORDER_REFLECT_101),
             A.RandomCrop(SIZE, SIZE),
         ],
-        "flip": [A.HorizontalFlip(p=0.5)],
+        "flip": [A.HorizontalFlip(p=flip)],
         "affine": [
             A.Affine(
                 translate_percent=(-0.05, 0.05),
@@ -96,6 +97,9 @@ class CIFAR10(Dataset):
     before. `dataset[i]` is the draw of epoch 0, and `dataset[epoch, i]` that of any other: the sampler of
     `make_loader` passes these pairs, so epochs differ without any state shared with the workers.
 
+    Flips alternate: half of the images are mirrored in even epochs and the other half in odd ones, so two epochs in
+    a row show every image from both sides, where independent draws would repeat half of them (K. Jordan, 2024).
+
     Args:
         train: The 50,000 training images, else the 10,000 test images.
         augment: Names of augmentations, see `train_transform`; none by default.
@@ -124,12 +128,13 @@ class CIFAR10(Dataset):
     ) -> None:
         if data not in ("cifar10", "synthetic"):
             raise ValueError(f"data must be 'cifar10' or 'synthetic', got {data!r}")
-        self.augment = train_transform(augment) if augment else None
+        self.augment = _alternating(augment)
         self.to_tensor = eval_transform()
         self.seed = seed
         self.classes = CLASSES if data == "cifar10" else tuple(f"synthetic {k}" for k in range(10))
         images, labels = load_cifar10(train, data_dir) if data == "cifar10" else draw_synthetic(train)
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
+        self.flip_phase = np.random.default_rng(seed).integers(2, size=len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -151,16 +156,23 @@ class CIFAR10(Dataset):
 
     def _draw(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, epoch, index))
-        self.augment.set_random_state(rng, random.Random(int(rng.integers(2**63))))
-        return self.augment(image=image)["image"]
+        augment = self.augment[(epoch + self.flip_phase[index]) % 2]
+        augment.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        return augment(image=image)["image"]
 
     def subset(self, indices: Sequence[int] | Tensor, augment: Sequence[str] = ()) -> "CIFAR10":
         """A copy that holds only these images, in this order, with its own augmentation."""
         part = object.__new__(CIFAR10)
         part.__dict__.update(self.__dict__)
-        part.augment = train_transform(augment) if augment else None
+        part.augment = _alternating(augment)
         part.images, part.labels = self.images[indices], self.labels[indices]
+        part.flip_phase = self.flip_phase[indices]
         return part
+
+
+def _alternating(augment: Sequence[str]) -> tuple[A.Compose, A.Compose] | None:
+    """The transform without the flip and with it, or None if there is nothing to do."""
+    return (train_transform(augment, flip=0), train_transform(augment, flip=1)) if augment else None
 
 
 class EpochSampler(Sampler):

@@ -159,7 +159,7 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
     Returns:
         The history, a list with a value per epoch under each of "epoch", "train_loss", "train_accuracy", "test_loss",
         "test_accuracy" (losses in nats, accuracies in percent), "lr" (of the filters, when the epoch starts),
-        "seconds" (of training alone, since the start) and "data".
+        "seconds" (of training alone, since the start), "data", and "tested_on" ("test", or "held-out" with `holdout`).
 
         Saved after every epoch: metrics.json (history, settings, versions, hardware, times), curves.png, model.pt.
 
@@ -184,8 +184,9 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
     parameters = sum(p.numel() for p in model.parameters())
     images = f"{len(train_loader.dataset):,} images of {config.data}"
     print(f"{type(model).__name__}, {parameters:,} parameters, on {images}; {runtime}; results in {folder}", flush=True)
-    columns = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds", "data")
-    history: dict[str, list] = {column: [] for column in columns}
+    tested_on = "held-out" if config.holdout else "test"
+    columns = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")
+    history: dict[str, list] = {column: [] for column in (*columns, "data", "tested_on")}
     seconds = 0.0
     for epoch in range(1, config.epochs + 1):
         title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
@@ -203,17 +204,16 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         seconds += time.perf_counter() - epoch_started
         test_loss, test_accuracy = evaluate(model, test_loader, runtime=runtime)
         lr = config.lr * (1 - (epoch - 1) / config.epochs)
-        row = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr, round(seconds, 2), config.data)
-        for column, value in zip(columns, row, strict=True):
+        row = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr, round(seconds, 2))
+        for column, value in zip(history, (*row, config.data, tested_on), strict=True):
             history[column].append(value)
         print(
             f"{title}: train {train_accuracy:.2f} % (loss {train_loss:.3f}), "
-            f"test {test_accuracy:.2f} % (loss {test_loss:.3f}), {seconds:.0f} s",
+            f"{tested_on} {test_accuracy:.2f} % (loss {test_loss:.3f}), {seconds:.0f} s",
             flush=True,
         )
         result = {
             "data": config.data,
-            "test_set": f"{config.holdout} held-out training images" if config.holdout else "test set",
             "network": type(model).__name__,
             "parameters": parameters,
             "history": history,
@@ -249,8 +249,12 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _bar(title: str, total: int, progress: bool | None) -> tqdm:
-    in_notebook = "ipykernel" in sys.modules  # whose output is no terminal, but shows bars
-    disable = not progress if progress is not None else False if in_notebook else None
+    if progress is not None:
+        disable = not progress
+    elif "ipykernel" in sys.modules:  # a notebook is no terminal, but shows bars; tqdm's there ignores the variable
+        disable = "TQDM_DISABLE" in os.environ
+    else:
+        disable = None  # without a terminal
     return tqdm(total=total, desc=title, unit=" images", leave=False, disable=disable, dynamic_ncols=True)
 
 

@@ -23,20 +23,20 @@ ORIGINAL_ACCURACY = 73.20  # percent on the test set after 20 epochs, of the net
 
 
 def plot_curves(history: dict[str, list]) -> Figure:
-    """Loss, accuracy in percent and learning rate against epochs, train and test on shared axes.
+    """Loss, accuracy in percent and learning rate against epochs, train and test (or held-out) on shared axes.
 
     Args:
         history: As `train.fit` returns it.
     """
-    synthetic = "synthetic" in history["data"]
+    synthetic, tested_on = "synthetic" in history["data"], history["tested_on"][-1]
     epochs = history["epoch"]
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.6), width_ratios=(3, 3, 2), layout="constrained")
     for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
-        for part, colour, marker in (("train", TRAIN, "o"), ("test", TEST, "s")):
+        for part, name, colour, marker in (("train", "train", TRAIN, "o"), ("test", tested_on, TEST, "s")):
             values = history[f"{part}_{quantity}"]
-            label = f"{part}, {values[-1]:.2f} {'% ' if quantity == 'accuracy' else ''}at the end"
+            label = f"{name}, {values[-1]:.2f} {'% ' if quantity == 'accuracy' else ''}at the end"
             axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=label)
-    if not synthetic:
+    if not synthetic and tested_on == "test":
         accuracy.axhline(ORIGINAL_ACCURACY, color=ORIGINAL, linestyle="--", linewidth=1, label="original, 73.20 %")
     loss.set(title="Loss", ylabel="negative log-likelihood (nats)", ylim=(0, None))
     accuracy.set(title="Accuracy", ylabel="accuracy (%)", ylim=(None, 100))

@@ -132,8 +132,8 @@ def test_each_augmentation_does_what_it_says():
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     drawn = {name: [train_transform([name])(image=picture)["image"] for _ in range(50)] for name in AUGMENTATIONS}
-    padded = np.pad(picture, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-    crops = {padded[y : y + 32, x : x + 32].tobytes() for y in range(5) for x in range(5)}
+    padded = np.pad(picture, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    crops = {padded[y : y + 32, x : x + 32].tobytes() for y in range(9) for x in range(9)}
     assert {d.tobytes() for d in drawn["crop"]} <= crops
     assert {d.tobytes() for d in drawn["flip"]} == {picture.tobytes(), picture[:, ::-1].tobytes()}
     for holed in drawn["cutout"]:
@@ -141,6 +141,19 @@ def test_each_augmentation_does_what_it_says():
         assert changed.sum() >= 60  # of 64; a pixel may have had the mean colour
         assert np.abs(holed[changed].astype(float) - 255 * np.array(MEAN)).max() <= 1
     assert 5 < sum((d == picture).all() for d in drawn["affine"]) < 45
+
+
+def test_flips_alternate_so_that_two_epochs_show_both_sides():
+    dataset = CIFAR10(augment=["flip"], seed=3)
+    plain = CIFAR10()
+    mirrored = []
+    for i in range(TRAIN_COUNT):
+        sides = [torch.equal(dataset[epoch, i][0], plain[i][0]) for epoch in range(4)]
+        assert sides in ([True, False] * 2, [False, True] * 2)
+        mirrored.append(sides[1])
+    assert 0.35 * TRAIN_COUNT < sum(mirrored) < 0.65 * TRAIN_COUNT
+    part = dataset.subset([7, 5], ["flip"])
+    assert torch.equal(part[1, 0][0], dataset[1, 7][0])
 
 
 def test_transforms_refuse_arguments_that_albumentations_would_ignore():

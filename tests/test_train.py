@@ -120,6 +120,13 @@ def test_holdout_keeps_training_images_apart_and_the_test_set_out():
     assert test_loader.dataset.augment is None
 
 
+def test_a_run_says_what_it_was_tested_on(capsys):
+    assert fit(quick(epochs=1, name="a"), small_network())["tested_on"] == ["test"]
+    assert ", test " in capsys.readouterr().out
+    assert fit(quick(epochs=1, name="b", holdout=50), small_network())["tested_on"] == ["held-out"]
+    assert ", held-out " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -35,9 +35,10 @@ def log_probs(test_set) -> torch.Tensor:
     return probs.log()
 
 
-def history(data: str = "cifar10") -> dict[str, list]:
-    rows = {"epoch": [1, 2], "train_loss": [1.0, 0.5], "test_loss": [1.1, 0.7], "lr": [0.2, 0.1], "data": [data] * 2}
-    return rows | {"train_accuracy": [50.0, 80.0], "test_accuracy": [45.0, 75.5]}
+def history(data: str = "cifar10", tested_on: str = "test") -> dict[str, list]:
+    rows = {"epoch": [1, 2], "train_loss": [1.0, 0.5], "test_loss": [1.1, 0.7], "lr": [0.2, 0.1]}
+    rows |= {"train_accuracy": [50.0, 80.0], "test_accuracy": [45.0, 75.5]}
+    return rows | {"data": [data] * 2, "tested_on": [tested_on] * 2}
 
 
 def texts(figure: Figure) -> str:
@@ -71,6 +72,13 @@ def test_curves_of_the_stand_in_say_so_and_are_not_compared_with_the_original():
     shown = texts(plot_curves(history("synthetic")))
     assert "synthetic" in shown
     assert "73.20" not in shown
+
+
+def test_curves_on_held_out_images_do_not_pass_for_the_test_set():
+    shown = texts(plot_curves(history(tested_on="held-out")))
+    assert "held-out, 75.50 %" in shown
+    assert "73.20" not in shown
+    assert "test" not in shown
 
 
 def test_samples_show_ten_of_each_class(test_set):

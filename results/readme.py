@@ -1,0 +1,98 @@
+"""Puts the numbers and pictures of the saved runs into README.md; `make readme` does it, and a test keeps them true.
+
+The numbers come from results/cifar10-seed*.json, copies of the runs' metrics.json; the picture of mistakes comes from
+the committed notebook, which is the run of seed 0.
+"""
+
+import base64
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import nbformat
+
+RESULTS = Path(__file__).parent
+REPOSITORY = RESULTS.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from utils import plot_curves  # noqa: E402
+
+
+def saved_runs() -> list[dict]:
+    """The runs behind the README, one for each seed, the notebook's first; all with the same settings but the seed."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cifar10-seed*.json"))]
+    for run in runs:
+        for field, value in run["config"].items():
+            if field not in ("seed", "name", "data_dir") and value != runs[0]["config"][field]:
+                raise ValueError(f"the saved runs differ in {field}, so their mean would mean nothing")
+    return runs
+
+
+def summary(runs: list[dict]) -> str:
+    first, epochs = runs[0]["history"], runs[0]["config"]["epochs"]
+    return (
+        "A notebook and a handful of short modules that train a 2,034,040-parameter network on CIFAR-10 to "
+        f"**{mean(runs, 'test_accuracy')} %** test accuracy in {epochs} epochs, which take "
+        f"{first['seconds'][-1] / 60:.0f} minutes on two CPU cores."
+    )
+
+
+def table(runs: list[dict]) -> str:
+    first = runs[0]
+    accuracies = [run["history"]["test_accuracy"][-1] for run in runs]
+    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
+    each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+    ours = (
+        "**this network**",
+        f"**{mean(runs, 'test_accuracy')} %**{spread} (last epoch, n = {len(runs)}: {each})",
+        f"{mean(runs, 'train_accuracy')} % (augmented images, while learning)",
+        f"{first['parameters']:,}",
+        "122 million",
+        f"{first['config']['epochs']}",
+        f"{first['history']['seconds'][-1]:,.0f} s on 2 cores (seed 0; {first['hardware'].split(',')[0]}, bf16)",
+    )
+    head = ("", "test accuracy", "train accuracy", "parameters", "multiply-adds per image", "epochs", "training time")
+    original = (
+        "the original",
+        "73.20 % (best epoch)",
+        "68.34 %",
+        "2,034,040",
+        "about 700 million",
+        "20",
+        "not recorded",
+    )
+    rows = (head, ("---",) * len(head), ours, original)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def mean(runs: list[dict], quantity: str) -> str:
+    return f"{statistics.fmean(run['history'][quantity][-1] for run in runs):.2f}"
+
+
+def with_numbers(text: str) -> str:
+    """The README with the parts between its `<!-- name -->` and `<!-- /name -->` written anew."""
+    runs = saved_runs()
+    for name, part in (("summary", summary(runs)), ("table", table(runs))):
+        before, rest = text.split(f"<!-- {name} -->\n")
+        after = rest.split(f"\n<!-- /{name} -->")[1]
+        text = f"{before}<!-- {name} -->\n{part}\n<!-- /{name} -->{after}"
+    return text
+
+
+def main() -> None:
+    readme = REPOSITORY / "README.md"
+    readme.write_text(with_numbers(readme.read_text()))
+    plot_curves(saved_runs()[0]["history"]).savefig(RESULTS / "curves.png", dpi=110)
+    notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
+    pictures = [
+        output.data["image/png"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    (RESULTS / "misclassified.png").write_bytes(base64.b64decode(pictures[-1]))
+
+
+if __name__ == "__main__":
+    main()
