@@ -185,8 +185,18 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
     images = f"{len(train_loader.dataset):,} images of {config.data}"
     print(f"{type(model).__name__}, {parameters:,} parameters, on {images}; {runtime}; results in {folder}", flush=True)
     tested_on = "held-out" if config.holdout else "test"
-    columns = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds")
-    history: dict[str, list] = {column: [] for column in (*columns, "data", "tested_on")}
+    history: dict[str, list] = {}
+    result = {
+        "data": config.data,
+        "network": type(model).__name__,
+        "parameters": parameters,
+        "history": history,
+        "config": dataclasses.asdict(config),
+        "runtime": str(runtime),
+        "wall_seconds": 0.0,
+        "hardware": describe_hardware(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
     seconds = 0.0
     for epoch in range(1, config.epochs + 1):
         title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
@@ -203,27 +213,26 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         )
         seconds += time.perf_counter() - epoch_started
         test_loss, test_accuracy = evaluate(model, test_loader, runtime=runtime)
-        lr = config.lr * (1 - (epoch - 1) / config.epochs)
-        row = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, lr, round(seconds, 2))
-        for column, value in zip(history, (*row, config.data, tested_on), strict=True):
-            history[column].append(value)
+        row = {
+            "epoch": epoch,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "lr": config.lr * (1 - (epoch - 1) / config.epochs),
+            "seconds": round(seconds, 2),
+            "data": config.data,
+            "tested_on": tested_on,
+        }
+        for column, value in row.items():
+            history.setdefault(column, []).append(value)
         print(
             f"{title}: train {train_accuracy:.2f} % (loss {train_loss:.3f}), "
             f"{tested_on} {test_accuracy:.2f} % (loss {test_loss:.3f}), {seconds:.0f} s",
             flush=True,
         )
-        result = {
-            "data": config.data,
-            "network": type(model).__name__,
-            "parameters": parameters,
-            "history": history,
-            "config": dataclasses.asdict(config),
-            "runtime": str(runtime),
-            "wall_seconds": round(time.perf_counter() - started, 2),
-            "hardware": describe_hardware(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        }
-        _write(folder / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1, default=str) + "\n"))  # noqa: B023
+        result["wall_seconds"] = round(time.perf_counter() - started, 2)
+        _write(folder / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1, default=str) + "\n"))
         _write(folder / "curves.png", lambda path: plot_curves(history).savefig(path, format="png"))
         _write(folder / "model.pt", lambda path: torch.save(model.state_dict(), path))
     return history

@@ -37,7 +37,9 @@ def plot_curves(history: dict[str, list]) -> Figure:
             label = f"{name}, {values[-1]:.2f} {'% ' if quantity == 'accuracy' else ''}at the end"
             axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=label)
     if not synthetic and tested_on == "test":
-        accuracy.axhline(ORIGINAL_ACCURACY, color=ORIGINAL, linestyle="--", linewidth=1, label="original, 73.20 %")
+        accuracy.axhline(
+            ORIGINAL_ACCURACY, color=ORIGINAL, linestyle="--", linewidth=1, label=f"original, {ORIGINAL_ACCURACY:.2f} %"
+        )
     loss.set(title="Loss", ylabel="negative log-likelihood (nats)", ylim=(0, None))
     accuracy.set(title="Accuracy", ylabel="accuracy (%)", ylim=(None, 100))
     rate.plot(epochs, history["lr"], color=ORIGINAL, marker="o", markersize=4)

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent
 REPOSITORY = RESULTS.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from utils import plot_curves  # noqa: E402
+from utils import ORIGINAL_ACCURACY, plot_curves  # noqa: E402
 
 
 def saved_runs() -> list[dict]:
@@ -32,7 +32,8 @@ def saved_runs() -> list[dict]:
 def summary(runs: list[dict]) -> str:
     first, epochs = runs[0]["history"], runs[0]["config"]["epochs"]
     return (
-        "A notebook and a handful of short modules that train a 2,034,040-parameter network on CIFAR-10 to "
+        "A notebook and a handful of short modules that train a "
+        f"{runs[0]['parameters']:,}-parameter network on CIFAR-10 to "
         f"**{mean(runs, 'test_accuracy')} %** test accuracy in {epochs} epochs, which take "
         f"{first['seconds'][-1] / 60:.0f} minutes on two CPU cores."
     )
@@ -55,7 +56,7 @@ def table(runs: list[dict]) -> str:
     head = ("", "test accuracy", "train accuracy", "parameters", "multiply-adds per image", "epochs", "training time")
     original = (
         "the original",
-        "73.20 % (best epoch)",
+        f"{ORIGINAL_ACCURACY:.2f} % (best epoch)",
         "68.34 %",
         "2,034,040",
         "about 700 million",
@@ -70,9 +71,8 @@ def mean(runs: list[dict], quantity: str) -> str:
     return f"{statistics.fmean(run['history'][quantity][-1] for run in runs):.2f}"
 
 
-def with_numbers(text: str) -> str:
+def with_numbers(text: str, runs: list[dict]) -> str:
     """The README with the parts between its `<!-- name -->` and `<!-- /name -->` written anew."""
-    runs = saved_runs()
     for name, part in (("summary", summary(runs)), ("table", table(runs))):
         before, rest = text.split(f"<!-- {name} -->\n")
         after = rest.split(f"\n<!-- /{name} -->")[1]
@@ -81,9 +81,9 @@ def with_numbers(text: str) -> str:
 
 
 def main() -> None:
-    readme = REPOSITORY / "README.md"
-    readme.write_text(with_numbers(readme.read_text()))
-    plot_curves(saved_runs()[0]["history"]).savefig(RESULTS / "curves.png", dpi=110)
+    readme, runs = REPOSITORY / "README.md", saved_runs()
+    readme.write_text(with_numbers(readme.read_text(), runs))
+    plot_curves(runs[0]["history"]).savefig(RESULTS / "curves.png", dpi=110)
     notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
     pictures = [
         output.data["image/png"]

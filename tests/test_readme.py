@@ -19,7 +19,7 @@ def test_the_numbers_are_those_of_the_saved_runs(monkeypatch):
         assert (run["data"], run["parameters"]) == ("cifar10", 2_034_040)
         assert run["history"]["tested_on"] == ["test"] * run["config"]["epochs"]
         assert run["config"]["epochs"] == Config().epochs
-    assert readme.with_numbers(README) == README
+    assert readme.with_numbers(README, runs) == README
     assert f"**{sum(run['history']['test_accuracy'][-1] for run in runs) / len(runs):.2f} %**" in README
 
 
