@@ -5,15 +5,16 @@ READY := .venv/.ready
 EPOCHS ?=
 PARAMETERS := $(if $(EPOCHS),-p epochs $(EPOCHS))
 
-.PHONY: help run test train lint readme clean
+.PHONY: help run test train lint results readme clean
 
 help:
-	@echo "make run    run the notebook top to bottom, into runs/ (EPOCHS=N for another length)"
-	@echo "make test   run the tests"
-	@echo "make train  train from the command line with the default settings"
-	@echo "make lint   check style and formatting"
-	@echo "make readme write the README's numbers and pictures from results/ and the notebook"
-	@echo "make clean  delete the environment and caches; runs/ and data/ stay"
+	@echo "make run     run the notebook top to bottom, into runs/ (EPOCHS=N for another length)"
+	@echo "make test    run the tests"
+	@echo "make train   train from the command line with the default settings"
+	@echo "make lint    check style and formatting"
+	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
+	@echo "make readme  write the README's numbers and pictures from results/ and the notebook"
+	@echo "make clean   delete the environment and caches; runs/ and data/ stay"
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +42,10 @@ train: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+results: $(READY)
+	$(BIN)/python results/collect.py
+	$(MAKE) readme
 
 readme: $(READY)
 	$(BIN)/python results/readme.py

@@ -27,6 +27,7 @@ AUGMENTATIONS = ("crop", "flip", "affine", "cutout")
 DEFAULT_AUGMENT = ("crop", "flip", "cutout")
 SIZE = 32  # pixels, height and width
 PADDING = 4  # pixels on each side before the crop
+FLIPS, ORDER, AUGMENTATION = 1, 2, 3  # stand behind the seed, so that no two uses draw the same numbers
 
 
 def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, flip: float = 0.5) -> A.Compose:
@@ -95,7 +96,8 @@ class CIFAR10(Dataset):
 
     The augmentation of an image depends on (seed, epoch, i) alone, never on the worker, the batch or the calls
     before. `dataset[i]` is the draw of epoch 0, and `dataset[epoch, i]` that of any other: the sampler of
-    `make_loader` passes these pairs, so epochs differ without any state shared with the workers.
+    `make_loader` passes these pairs, so epochs differ without any state shared with the workers. A loader of your own
+    that passes plain indices would repeat epoch 0: give it `sampler=EpochSampler(len(dataset))` instead of `shuffle`.
 
     Flips alternate: half of the images are mirrored in even epochs and the other half in odd ones, so two epochs in
     a row show every image from both sides, where independent draws would repeat half of them (K. Jordan, 2024).
@@ -134,7 +136,7 @@ class CIFAR10(Dataset):
         self.classes = CLASSES if data == "cifar10" else tuple(f"synthetic {k}" for k in range(10))
         images, labels = load_cifar10(train, data_dir) if data == "cifar10" else draw_synthetic(train)
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
-        self.flip_phase = np.random.default_rng(seed).integers(2, size=len(images))
+        self.flip_phase = np.random.default_rng((seed, FLIPS)).integers(2, size=len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,7 +157,7 @@ class CIFAR10(Dataset):
         return list(zip(tensors, self.labels[indices].tolist(), strict=True))
 
     def _draw(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, AUGMENTATION, epoch, index))
         augment = self.augment[(epoch + self.flip_phase[index]) % 2]
         augment.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         return augment(image=image)["image"]
@@ -189,7 +191,7 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.size)
         return ((epoch, int(i)) for i in order)
 
 

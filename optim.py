@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About the orthogonal matrix nearest to `matrix` (M, N): singular values 0.7-1.2, the same singular vectors.
+    """About the orthogonal matrix nearest to `matrix` (M, N): the same singular vectors, singular values near 1.
 
     Five Newton-Schulz steps in bf16, with the coefficients of K. Jordan's Muon, chosen for the steepest rise from 0.
     """

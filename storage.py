@@ -5,6 +5,7 @@ Nothing is unpickled before its md5 has been checked, and nothing half-written i
 """
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ from torchvision.datasets.utils import check_integrity, download_url, extract_ar
 
 FOLDER = datasets.CIFAR10.base_folder  # cifar-10-batches-py
 ARCHIVE = datasets.CIFAR10.filename  # cifar-10-python.tar.gz
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 SYNTHETIC_COUNTS = {True: 50_000, False: 10_000}  # images to train and to test, as in CIFAR-10
 
 
@@ -49,10 +51,13 @@ def prepare(data_dir: str | Path | None = None) -> Path:
     for root in roots:
         if (root / FOLDER).is_dir():
             _refuse_damage(root)
-            return root
-        if (root / ARCHIVE).exists():
+        elif (root / ARCHIVE).exists():
             _install(root, root / ARCHIVE)
-            return root
+        else:
+            continue
+        if data_dir and root != roots[0]:
+            print(f"CIFAR-10 is not in {roots[0]}; taking that in {root}", file=sys.stderr)
+        return root
     _download(roots[0], roots)
     return roots[0]
 
@@ -83,7 +88,7 @@ def _refuse_damage(root: Path) -> None:
 
 
 def _install(root: Path, archive: Path) -> None:
-    """Checks and unpacks the archive beside its final place, then renames: the folder is whole or not there."""
+    """Checks the archive and unpacks it beside its final place, then renames: the folder is whole or not there."""
     if not check_integrity(archive, datasets.CIFAR10.tgz_md5):
         raise DataError(
             f"{archive} is not the CIFAR-10 archive (its md5 is wrong): an unfinished download, an error page, "
@@ -107,9 +112,15 @@ def _download(root: Path, looked: list[Path]) -> None:
         with _scratch_folder(root) as scratch:
             socket.setdefaulttimeout(30)  # seconds without a byte, not for the whole download
             try:
-                download_url(url, scratch, ARCHIVE, datasets.CIFAR10.tgz_md5)
+                download_url(url, scratch, ARCHIVE)
             except (OSError, RuntimeError, ValueError) as error:
-                raise _unreachable(url, looked, error) from error
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                    raise  # the network is not to blame
+                fault = f"downloading it from {url} failed: {error or type(error).__name__}"
+                raise DataUnreachableError(_not_found(looked, fault)) from error
+            if not check_integrity(scratch / ARCHIVE, datasets.CIFAR10.tgz_md5):
+                fault = f"what {url} sent is not that archive (its md5 is wrong): it broke off, or is another file"
+                raise DataError(_not_found(looked, fault))
             _install(root, scratch / ARCHIVE)
     finally:
         socket.setdefaulttimeout(timeout)
@@ -118,12 +129,12 @@ def _download(root: Path, looked: list[Path]) -> None:
                 root.rmdir()
 
 
-def _unreachable(url: str, looked: list[Path], error: Exception) -> DataUnreachableError:
-    """The error for having found no data and reached no server: where, why, and the three ways out."""
+def _not_found(looked: list[Path], fault: str) -> str:
+    """What to say when no data was found or could be downloaded: where, why, and the three ways out."""
     places = "\n".join(f"  {place.absolute()}" for place in looked)
-    return DataUnreachableError(
+    return (
         f"CIFAR-10 was not found, neither the folder {FOLDER} nor the archive {ARCHIVE}, in\n{places}\n"
-        f"and downloading it from {url} failed: {error or type(error).__name__}\n"
+        f"and {fault}\n"
         "Three ways out:\n"
         f"  1. put {ARCHIVE} into one of these folders, or name its folder with --data-dir or CIFAR10_ROOT;\n"
         "  2. name a mirror of the archive with CIFAR10_URL and run again;\n"

@@ -118,7 +118,8 @@ def evaluate(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = 
 
 
 def _runtime_of(model: nn.Module) -> Runtime:
-    return choose_runtime(next(model.parameters()).device.type)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return dataclasses.replace(choose_runtime(device.type), device=device)
 
 
 def _sums(scores: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dataset import CIFAR10, SIZE, denormalize
 
 TRAIN, TEST, ORIGINAL = "#0072B2", "#D55E00", "#666666"  # colour-blind safe (Okabe & Ito, 2008)
-ORIGINAL_ACCURACY = 73.20  # percent on the test set after 20 epochs, of the network that this one reimplements
+ORIGINAL_ACCURACY = 73.20  # percent on the test set, the best of 20 epochs, of the network reimplemented here
 
 
 def plot_curves(history: dict[str, list]) -> Figure:

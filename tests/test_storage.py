@@ -1,5 +1,6 @@
 """CIFAR-10 on disk: where it is looked for, how it gets there, and what is refused."""
 
+import errno
 import http.server
 import os
 import shutil
@@ -49,13 +50,15 @@ def everything_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) if folder.exists() else []
 
 
-def test_the_folder_given_comes_before_the_environment_and_data(tiny, tmp_path, monkeypatch):
+def test_the_folder_given_comes_before_the_environment_and_data(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CIFAR10_ROOT", "from-environment")
     assert storage.search_path("given") == [Path("given"), Path("from-environment"), Path("data")]
     shutil.copytree(tiny.root / FOLDER, tmp_path / "given" / FOLDER)
     assert prepare("given") == Path("given")
     monkeypatch.setenv("CIFAR10_ROOT", str(tiny.root))
+    assert capsys.readouterr().err == ""
     assert prepare("empty") == tiny.root
+    assert f"not in empty; taking that in {tiny.root}" in capsys.readouterr().err
 
 
 def test_the_batch_folder_itself_is_understood(tiny, nowhere):
@@ -81,8 +84,9 @@ def test_is_downloaded_from_the_mirror_and_only_once(nowhere, mirror):
 @pytest.mark.parametrize("body", [b"<html>Not found</html>", b"", b"\x1f\x8b" + bytes(1000)])
 def test_a_wrong_download_is_refused_and_leaves_nothing(nowhere, mirror, body):
     mirror["body"] = body
-    with pytest.raises(DataUnreachableError):
+    with pytest.raises(DataError, match="is not that archive") as error:
         prepare()
+    assert not isinstance(error.value, DataUnreachableError)  # else `make run` would go on with drawn pictures
     assert not nowhere.exists()
 
 
@@ -90,9 +94,21 @@ def test_a_download_that_breaks_off_leaves_nothing(nowhere, mirror):
     nowhere.mkdir()
     mirror["claimed"] = len(mirror["body"])
     mirror["body"] = mirror["body"][:1000]
-    with pytest.raises(DataUnreachableError):
+    with pytest.raises(DataError, match="it broke off"):
         prepare()
     assert everything_in(nowhere) == []
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_network(nowhere, monkeypatch):
+    def fill_the_disk(url, folder, *args) -> None:
+        Path(folder, ARCHIVE).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "download_url", fill_the_disk)
+    with pytest.raises(DataError, match=r"cannot write CIFAR-10 to data: .*No space left") as error:
+        prepare()
+    assert not isinstance(error.value, DataUnreachableError)
+    assert not nowhere.exists()
 
 
 def test_an_interrupt_leaves_nothing(nowhere, mirror, monkeypatch):

@@ -1,0 +1,78 @@
+"""Takes finished runs of the default settings from runs/ into the repository; `make results` does it.
+
+Each runs/*/metrics.json becomes results/cifar10-seed<seed>.json, and runs/S9_Final.ipynb, which `make run` wrote,
+becomes the committed notebook: without what papermill noted, and with pictures of 256 colours, a third of the bytes.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+from PIL import Image
+
+RESULTS = Path(__file__).parent
+REPOSITORY = RESULTS.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from config import Config  # noqa: E402
+
+FREE = ("seed", "name", "data_dir", "workers")  # settings in which the runs behind one mean may differ
+
+
+def is_default(run: dict) -> bool:
+    """Whether a run has the default settings, but for seed, name, folder and workers, and all its epochs."""
+    default = json.loads(json.dumps(dataclasses.asdict(Config())))
+    same = all(run["config"].get(field) == value for field, value in default.items() if field not in FREE)
+    return same and len(run["history"]["epoch"]) == default["epochs"]
+
+
+def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook as it goes into the repository."""
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
+    for cell in notebook.cells:
+        cell.metadata = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
+            for output in cell.outputs:
+                data = output.get("data", {})
+                if "image/png" in data:
+                    data["image/png"] = base64.b64encode(smaller(base64.b64decode(data["image/png"]))).decode()
+    return notebook
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs with consecutive pieces of printed text in one, as a notebook's window shows them."""
+    whole = []
+    for output in outputs:
+        last = whole[-1] if whole else None
+        if last and output.output_type == last.output_type == "stream" and output.name == last.name:
+            last.text += output.text
+        else:
+            whole.append(output)
+    return whole
+
+
+def smaller(png: bytes) -> bytes:
+    """The picture in its 256 best colours."""
+    picture, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def main() -> None:
+    for path in sorted((REPOSITORY / "runs").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime):
+        run = json.loads(path.read_text())
+        if is_default(run):
+            target = RESULTS / f"cifar10-seed{run['config']['seed']}.json"
+            target.write_text(path.read_text())
+            print(f"{path.parent.name}: {run['history']['test_accuracy'][-1]:.2f} %, to {target.name}")
+    executed = nbformat.read(REPOSITORY / "runs/S9_Final.ipynb", as_version=4)
+    nbformat.write(committed(executed), REPOSITORY / "S9_Final.ipynb")
+
+
+if __name__ == "__main__":
+    main()
