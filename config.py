@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import checkpoint
+from checkpoint import CheckpointError
 from dataset import AUGMENTATIONS, DEFAULT_AUGMENT
+
+# Settings that do not change what a run computes, so that a resumed run may have others.
+FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")
 
 
 class SettingError(ValueError):
@@ -44,6 +49,9 @@ class Config:
         "auto", "of convolutions; auto is bf16 where the processor has it", ("auto", "bf16", "fp32")
     )
     layout: str = setting("auto", "of images in memory", ("auto", "channels_last", "contiguous"))
+    resume: str | None = setting(None, "go on with the run in this folder, runs/NAME, with its settings")
+    overwrite: bool = setting(False, "delete what runs/NAME holds of an earlier run")
+    save_minutes: float = setting(5, "save this often within an epoch, and after each")
 
     def __post_init__(self) -> None:
         ranges = {
@@ -54,6 +62,7 @@ class Config:
             "holdout": (0, 40_000),
             "seed": (0, 2**32 - 1),
             "workers": (0, 64),
+            "save_minutes": (0, 1440),
         }
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
@@ -68,37 +77,53 @@ class Config:
                 expected = f"{'an integer' if field.type is int else 'a number'} from {low} to {high}"
             elif choices:
                 ok, expected = value in choices, f"one of {', '.join(choices)}"
+            elif field.type is bool:
+                ok, expected = isinstance(value, bool), "True or False"
             elif field.name == "name":
                 ok = value is None or (isinstance(value, str) and value not in ("", "..") and Path(value).name == value)
                 expected = "a plain name, without folders"
             else:
-                ok, expected = value is None or isinstance(value, str | os.PathLike), "a path"
+                ok, expected = value is None or (isinstance(value, str | os.PathLike) and str(value)), "a path"
+                if ok and value:
+                    object.__setattr__(self, field.name, os.fspath(value))
             if not ok:
                 raise SettingError(f"{field.name} must be {expected}, got {value!r}")
+        if self.resume and self.overwrite:
+            raise SettingError("overwrite would delete the run that resume is to go on with; give one of them")
 
 
 def parse_args(arguments: list[str] | None = None) -> Config:
-    """The command line as a `Config`; leaves with a message if something in it is wrong."""
+    """The command line as a `Config`; leaves with a message if something in it is wrong.
+
+    With --resume, what is not given is as in the run that is resumed.
+    """
     parser = argparse.ArgumentParser(
         description="Train Net on CIFAR-10 and save metrics.json, curves.png and model.pt in runs/NAME.",
         epilog="Half an hour on 2 CPU cores with bf16; three minutes to see it work: --data synthetic --epochs 1.",
     )
     for field in dataclasses.fields(Config):
-        options: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
-        if field.type in (int, float):
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
+        if field.type is bool:
+            options |= {"action": "store_true"}
+        elif field.type in (int, float):
             options |= {"type": field.type, "metavar": "N" if field.type is int else "X"}
         elif field.metadata["choices"]:
             options |= {"choices": field.metadata["choices"]}
         else:
             options |= {"metavar": field.name.split("_")[-1].upper()}
         if field.name == "augment":
-            options |= {"nargs": "*", "help": f"{field.metadata['help']} (default: {' '.join(field.default)})"}
-        elif field.default is not None:
-            options["help"] += " (default: %(default)s)"
+            options |= {"nargs": "*"}
+        if field.default not in (None, False):
+            default = " ".join(field.default) if field.name == "augment" else field.default
+            options["help"] += f" (default: {default})"
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(arguments))
     try:
-        return Config(**vars(parser.parse_args(arguments)))
-    except SettingError as error:
+        if "resume" in given:
+            saved = checkpoint.load(Path(given["resume"]) / "last.pt")["result"]["config"]
+            given = {**saved, "overwrite": False, **given}
+        return Config(**given)
+    except (SettingError, CheckpointError) as error:
         parser.error(str(error))
 
 

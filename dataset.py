@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -180,19 +181,20 @@ def _alternating(augment: Sequence[str]) -> tuple[A.Compose, A.Compose] | None:
 class EpochSampler(Sampler):
     """Every index once per epoch, in an order that depends on (seed, epoch) alone, as pairs (epoch, index).
 
-    Each pass over it is the next epoch; set `epoch` to go to another.
+    Each pass over it is the next epoch; set `epoch` to go to another, and `start` to leave out the first images of
+    the next pass, because they were met before an interruption.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
+        self.size, self.seed, self.epoch, self.start = size, seed, 0, 0
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
+        epoch, start, self.epoch, self.start = self.epoch, self.start, self.epoch + 1, 0
         order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.size)
-        return ((epoch, int(i)) for i in order)
+        return ((epoch, int(i)) for i in order[start:])
 
 
 def make_loader(
@@ -211,8 +213,11 @@ def make_loader(
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else each epoch would draw from the state that dropout draws from
     )
 
 
 def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)  # OpenCV's threads would fight those of training for the cores

@@ -4,16 +4,11 @@ From a notebook: `history = fit(Config(epochs=4), model)`. From a terminal: `pyt
 """
 
 import dataclasses
-import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from config import Config, Runtime, SettingError, choose_runtime, describe_hardware, parse_args
+from checkpoint import CheckpointError, stop_requests
+from config import Config, Runtime, SettingError, choose_runtime, parse_args
 from dataset import CIFAR10, make_loader
 from model import Net
 from optim import recipe_optimizer
+from runs import Meter, Run, StoppedError, UnsavedError
 from storage import DataError
-from utils import plot_curves
-
-PACKAGES = ("torch", "torchvision", "albumentations", "albucore", "opencv-python-headless", "numpy")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -47,6 +41,8 @@ def train_one_epoch(
     label_smoothing: float = 0.0,
     title: str = "train",
     progress: bool | None = None,
+    meter: Meter | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> tuple[float, float]:
     """One pass over `loader`, a step of optimizer and scheduler per batch.
 
@@ -55,6 +51,8 @@ def train_one_epoch(
         runtime: From `choose_runtime`; by default what that finds best on the model's device.
         title: Stands before the bar.
         progress: Whether to show a bar; by default on a terminal and in a notebook.
+        meter: Counts here, from where it stands: an epoch that was interrupted goes on, if the loader does so, too.
+        after_step: Called after every step, when all is in a state to be saved.
 
     Returns:
         Mean loss (negative log-likelihood in nats, without smoothing, as `evaluate` gives it) and accuracy in percent,
@@ -65,9 +63,10 @@ def train_one_epoch(
     """
     runtime = runtime or _runtime_of(model)
     model.train()
-    sums, count = torch.zeros(2, device=runtime.device), 0  # sums of loss and of correct answers
-    with _bar(title, len(loader.dataset), progress) as bar:
-        for step, (images, labels) in enumerate(loader, 1):
+    meter = Meter(torch.zeros(2, device=runtime.device)) if meter is None else meter
+    before, started = meter.seconds, time.perf_counter()
+    with _bar(title, len(loader.dataset), meter.images, progress) as bar:
+        for images, labels in loader:
             images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
             with runtime.autocast():
                 scores = model(images).float()  # (N, classes)
@@ -77,18 +76,27 @@ def train_one_epoch(
             optimizer.step()
             if scheduler:
                 scheduler.step()
-            sums += _sums(scores.detach(), labels)
-            count += len(labels)
-            if step % 5 == 0 or step == len(loader):  # reading the sums makes a GPU wait
-                loss_sum, correct = sums.tolist()
-                if not math.isfinite(loss_sum):
-                    raise NonFiniteLossError(
-                        f"{title}: the loss became {loss_sum} at step {step}. Try a lower lr, "
-                        "precision fp32, or look for broken images in your data."
-                    )
-                bar.set_postfix(loss=f"{loss_sum / count:.3f}", accuracy=f"{100 * correct / count:.1f}%", refresh=False)
+            meter.sums += _sums(scores.detach(), labels)
+            meter.steps += 1
+            meter.images += len(labels)
+            meter.seconds = before + time.perf_counter() - started
+            if meter.steps % 5 == 0:  # reading the sums makes a GPU wait
+                mean_loss, accuracy = _means(meter, title)
+                bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1f}%", refresh=False)
             bar.update(len(labels))
-    return loss_sum / count, 100 * correct / count
+            if after_step:
+                after_step()
+    return _means(meter, title)
+
+
+def _means(meter: Meter, title: str) -> tuple[float, float]:
+    loss_sum, correct = meter.sums.tolist()
+    if not math.isfinite(loss_sum):
+        raise NonFiniteLossError(
+            f"{title}: the loss became {loss_sum} at step {meter.steps}. Try a lower lr, precision fp32, or look for "
+            "broken images in your data."
+        )
+    return loss_sum / meter.images, 100 * correct / meter.images
 
 
 @torch.no_grad()
@@ -162,14 +170,16 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         "test_accuracy" (losses in nats, accuracies in percent), "lr" (of the filters, when the epoch starts),
         "seconds" (of training alone, since the start), "data", and "tested_on" ("test", or "held-out" with `holdout`).
 
-        Saved after every epoch: metrics.json (history, settings, versions, hardware, times), curves.png, model.pt.
+        Saved in the folder: see `runs.Run`.
 
     Raises:
         SettingError: A setting does not fit the data or the machine, or the folder already holds a run.
         storage.DataError: CIFAR-10 is missing or damaged.
-        NonFiniteLossError: The loss is infinite or NaN.
+        CheckpointError: The run to be resumed is missing, damaged, or of another network.
+        NonFiniteLossError: The loss is infinite or NaN; the last checkpoint is from before.
+        StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
+        UnsavedError: Training ended, but the disk did not take the result.
     """
-    started = time.perf_counter()
     runtime = choose_runtime(config.device, config.precision, config.layout)
     torch.manual_seed(config.seed)
     model = Net() if model is None else model
@@ -180,92 +190,79 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
     optimizer = recipe_optimizer(model, config.lr)
     steps = config.epochs * len(train_loader)
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    folder = _new_folder(config)
+    run = Run(config, model, optimizer, scheduler, runtime)
+    train_loader.sampler.epoch, train_loader.sampler.start = run.epochs, run.meter.images
 
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = run.result["parameters"]
     images = f"{len(train_loader.dataset):,} images of {config.data}"
-    print(f"{type(model).__name__}, {parameters:,} parameters, on {images}; {runtime}; results in {folder}", flush=True)
+    done = f", going on after {run.epochs} epochs and {run.meter.steps} steps" if config.resume else ""
+    print(
+        f"{type(model).__name__}, {parameters:,} parameters, on {images}; {runtime}; results in {run.folder}{done}",
+        flush=True,
+    )
     tested_on = "held-out" if config.holdout else "test"
-    history: dict[str, list] = {}
-    result = {
-        "data": config.data,
-        "network": type(model).__name__,
-        "parameters": parameters,
-        "history": history,
-        "config": dataclasses.asdict(config),
-        "runtime": str(runtime),
-        "wall_seconds": 0.0,
-        "hardware": describe_hardware(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
-    seconds = 0.0
-    for epoch in range(1, config.epochs + 1):
-        title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
-        epoch_started = time.perf_counter()
-        train_loss, train_accuracy = train_one_epoch(
-            model,
-            train_loader,
-            optimizer,
-            scheduler,
-            runtime=runtime,
-            label_smoothing=config.label_smoothing,
-            title=title,
-            progress=progress,
-        )
-        seconds += time.perf_counter() - epoch_started
-        test_loss, test_accuracy = evaluate(model, test_loader, runtime=runtime)
-        row = {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "lr": config.lr * (1 - (epoch - 1) / config.epochs),
-            "seconds": round(seconds, 2),
-            "data": config.data,
-            "tested_on": tested_on,
-        }
-        for column, value in row.items():
-            history.setdefault(column, []).append(value)
-        print(
-            f"{title}: train {train_accuracy:.2f} % (loss {train_loss:.3f}), "
-            f"{tested_on} {test_accuracy:.2f} % (loss {test_loss:.3f}), {seconds:.0f} s",
-            flush=True,
-        )
-        result["wall_seconds"] = round(time.perf_counter() - started, 2)
-        _write(folder / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1, default=str) + "\n"))
-        _write(folder / "curves.png", lambda path: plot_curves(history).savefig(path, format="png"))
-        _write(folder / "model.pt", lambda path: torch.save(model.state_dict(), path))
-    return history
+    with stop_requests() as request:
+
+        def after_step() -> None:
+            if request.signal or run.is_due():
+                run.save()
+            if request.signal:
+                raise StoppedError(run, request.signal)
+
+        for epoch in range(run.epochs + 1, config.epochs + 1):
+            title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
+            train_loss, train_accuracy = train_one_epoch(
+                model,
+                train_loader,
+                optimizer,
+                scheduler,
+                runtime=runtime,
+                label_smoothing=config.label_smoothing,
+                title=title,
+                progress=progress,
+                meter=run.meter,
+                after_step=after_step,
+            )
+            test_loss, test_accuracy = evaluate(model, test_loader, runtime=runtime)
+            if not math.isfinite(test_loss):
+                raise NonFiniteLossError(
+                    f"{title}: the weights became infinite or NaN. Try a lower lr or precision fp32."
+                )
+            seconds = run.history.get("seconds", [0.0])[-1] + run.meter.seconds
+            run.finish_epoch(
+                {
+                    "epoch": epoch,
+                    "train_loss": train_loss,
+                    "train_accuracy": train_accuracy,
+                    "test_loss": test_loss,
+                    "test_accuracy": test_accuracy,
+                    "lr": config.lr * (1 - (epoch - 1) / config.epochs),
+                    "seconds": round(seconds, 2),
+                    "data": config.data,
+                    "tested_on": tested_on,
+                }
+            )
+            print(
+                f"{title}: train {train_accuracy:.2f} % (loss {train_loss:.3f}), "
+                f"{tested_on} {test_accuracy:.2f} % (loss {test_loss:.3f}), {seconds:.0f} s",
+                flush=True,
+            )
+            if request.signal and epoch < config.epochs:
+                raise StoppedError(run, request.signal)
+    run.close()
+    return run.history
 
 
-def _new_folder(config: Config) -> Path:
-    name = config.name or f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path("runs") / name
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise SettingError(f"name: {folder} is there already; choose another name, or move it away") from error
-    except OSError as error:
-        raise SettingError(f"name: cannot write to {folder}: {error}") from error
-    return folder
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the final place, then renames, so that the file is always whole."""
-    scratch = path.with_name(f".{path.name}.new")
-    write(scratch)
-    os.replace(scratch, path)
-
-
-def _bar(title: str, total: int, progress: bool | None) -> tqdm:
+def _bar(title: str, total: int, initial: int, progress: bool | None) -> tqdm:
     if progress is not None:
         disable = not progress
     elif "ipykernel" in sys.modules:  # a notebook is no terminal, but shows bars; tqdm's there ignores the variable
         disable = "TQDM_DISABLE" in os.environ
     else:
         disable = None  # without a terminal
-    return tqdm(total=total, desc=title, unit=" images", leave=False, disable=disable, dynamic_ncols=True)
+    return tqdm(
+        total=total, initial=initial, desc=title, unit=" images", leave=False, disable=disable, dynamic_ncols=True
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -273,11 +270,14 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_args(arguments)
     try:
         fit(config)
-    except (SettingError, DataError, NonFiniteLossError) as error:
+    except StoppedError as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except (SettingError, DataError, CheckpointError, NonFiniteLossError, UnsavedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; what was finished is saved in runs/", file=sys.stderr)
+        print("\nstopped at once; `--resume` goes on from the last save in runs/", file=sys.stderr)
         return 130
     return 0
 

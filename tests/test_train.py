@@ -107,7 +107,7 @@ def test_the_rate_falls_linearly_to_zero():
 def test_a_run_is_not_overwritten():
     fit(quick(epochs=1), small_network())
     before = Path("runs/quick/metrics.json").read_bytes()
-    with pytest.raises(SettingError, match="is there already"):
+    with pytest.raises(SettingError, match="holds a run already"):
         fit(quick(epochs=1), small_network())
     assert Path("runs/quick/metrics.json").read_bytes() == before
 

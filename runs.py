@@ -1,0 +1,235 @@
+"""A run's folder: claimed once, saved so that a kill at any instant costs at most the steps since the last save."""
+
+import dataclasses
+import io
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import checkpoint
+from checkpoint import CheckpointError
+from config import FREE, Config, Runtime, SettingError, describe_hardware
+from utils import plot_curves
+
+PACKAGES = ("torch", "torchvision", "albumentations", "albucore", "opencv-python-headless", "numpy")
+FILES = ("last.pt", "metrics.json", "curves.png", "model.pt")
+
+
+class UnsavedError(OSError):
+    """Training ended, but its result could not be written; `history` holds it, and the model is trained."""
+
+    def __init__(self, message: str, history: dict[str, list]) -> None:
+        super().__init__(message)
+        self.history = history
+
+
+class StoppedError(RuntimeError):
+    """Training was asked to end before its time, by the signal of this number; the message says how to go on."""
+
+    def __init__(self, run: "Run", number: int) -> None:
+        self.signal = number
+        where = f"saved after {run.epochs} epochs and {run.meter.steps} steps"
+        super().__init__(
+            f"stopped, {'not saved: the last save that worked counts' if run.error else where}; go on with\n"
+            f"  python train.py --resume {run.folder}\n"
+            f'or, in the notebook, with resume = "{run.folder.as_posix()}"'
+        )
+
+
+@dataclasses.dataclass
+class Meter:
+    """What an epoch has come to so far: batches and images met, seconds of training, and sums over the images."""
+
+    sums: Tensor  # (2,): of the loss in nats, and of the right answers
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+class Run:
+    """What is saved of a run, and where: runs/<name>/, new or, with `config.resume`, taken up where it was left.
+
+    Saved together: last.pt (weights, optimizer, schedule, place in the epoch, history, settings, random states), and
+    after every epoch metrics.json (history, settings, versions, hardware, times), curves.png and model.pt.
+
+    Raises:
+        SettingError: The folder holds a run already, cannot be written, or has other settings than `config`.
+        CheckpointError: What is to be resumed is missing, damaged, or of another network.
+    """
+
+    def __init__(
+        self, config: Config, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, runtime: Runtime
+    ) -> None:
+        self.config, self.started, self.saved_at = config, time.perf_counter(), time.perf_counter()
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.meter = Meter(torch.zeros(2, device=runtime.device))
+        self.error: OSError | None = None  # why the last save failed
+        self.result: dict[str, Any] = {
+            "data": config.data,
+            "network": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "history": {},
+            "config": dataclasses.asdict(config),
+            "runtime": str(runtime),
+            "wall_seconds": 0.0,
+            "hardware": describe_hardware(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        }
+        if config.resume:
+            self.folder = Path(config.resume)
+            self._take_up(checkpoint.load(self.folder / "last.pt"))
+        else:
+            self.folder = _claim(config)
+        checkpoint.remove_scratch(self.folder)
+
+    @property
+    def history(self) -> dict[str, list]:
+        return self.result["history"]
+
+    @property
+    def epochs(self) -> int:
+        """How many are finished."""
+        return len(self.history.get("epoch", ()))
+
+    def is_due(self) -> bool:
+        """Whether `config.save_minutes` have passed since the last save."""
+        return time.perf_counter() - self.saved_at > 60 * self.config.save_minutes
+
+    def finish_epoch(self, row: dict[str, Any]) -> None:
+        """Adds a row to the history and saves everything."""
+        for column, value in row.items():
+            self.history.setdefault(column, []).append(value)
+        self.meter = Meter(torch.zeros_like(self.meter.sums))
+        self.save()
+        picture, weights = io.BytesIO(), io.BytesIO()
+        plot_curves(self.history).savefig(picture, format="png")
+        torch.save(self.model.state_dict(), weights)
+        self._write("metrics.json", (json.dumps(self.result, indent=1) + "\n").encode())
+        self._write("curves.png", picture.getvalue())
+        self._write("model.pt", weights.getvalue())
+
+    def close(self) -> None:
+        """Raises UnsavedError if the last save failed."""
+        if self.error:
+            raise UnsavedError(f"training ended, but could not be saved in {self.folder}: {self.error}", self.history)
+
+    def save(self) -> None:
+        """Writes last.pt, unless the weights are broken; training is about to notice that.
+
+        If writing fails, says so and goes on: the file before is still there, and the next save may work.
+        """
+        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+            return
+        now = time.perf_counter()
+        self.result["wall_seconds"] = round(self.result["wall_seconds"] + now - self.started, 2)
+        self.started = self.saved_at = now
+        state = {
+            "result": self.result,
+            "meter": dataclasses.asdict(self.meter),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        self.error = None
+        try:
+            checkpoint.save(self.folder / "last.pt", state)
+        except OSError as error:
+            self._complain("last.pt", error)
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            checkpoint.write_whole(self.folder / name, content)
+        except OSError as error:
+            self._complain(name, error)
+
+    def _complain(self, name: str, error: OSError) -> None:
+        self.error = error
+        print(
+            f"warning: cannot write {self.folder / name}: {error.strerror or error}. What was saved before is kept, "
+            "training goes on, and the next save is tried. Make room or give back the rights to the folder.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Puts everything back as it was when `state` was saved."""
+        try:
+            result, meter = state["result"], state["meter"]
+            _refuse_other_settings(self.config, result["config"], len(result["history"].get("epoch", ())), self.folder)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["random"])
+            if torch.cuda.is_available() and state["cuda_random"]:
+                torch.cuda.set_rng_state_all(state["cuda_random"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, SettingError):
+                raise
+            raise CheckpointError(f"{self.folder / 'last.pt'} does not fit this network: {error}") from error
+        scheduler, groups = self.scheduler, self.optimizer.param_groups
+        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)  # another one if `epochs` has changed
+        for field in ("runtime", "hardware", "versions"):
+            if result[field] != self.result[field]:
+                print(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit", flush=True)
+        self.meter = Meter(**{**meter, "sums": meter["sums"].to(self.meter.sums.device)})
+        self.result |= {"history": result["history"], "wall_seconds": result["wall_seconds"]}
+
+
+def _claim(config: Config) -> Path:
+    """A folder under runs/ for a new run; what it holds of another one is deleted if `config.overwrite` says so."""
+    name = config.name or f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            if not config.overwrite:
+                raise SettingError(
+                    f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), "
+                    "or choose another name"
+                )
+            for file in FILES:
+                (folder / file).unlink(missing_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise SettingError(f"name: cannot write to {folder}: {error}") from error
+    return folder
+
+
+def _refuse_other_settings(config: Config, saved: dict[str, Any], epochs: int, folder: Path) -> None:
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    other = [
+        f"{field} {wanted[field]!r} (the run has {_plain(saved[field])!r})"
+        for field in wanted
+        if field not in (*FREE, "epochs") and field in saved and wanted[field] != _plain(saved[field])
+    ]
+    if other:
+        raise SettingError(
+            f"resume: {folder} was begun with other settings, with which it would not be the same run: "
+            f"{'; '.join(other)}. Give the same, or begin a new run."
+        )
+    if config.epochs < epochs:
+        raise SettingError(f"epochs: {folder} has {epochs} epochs behind it, got {config.epochs}")
+    if config.epochs != saved["epochs"]:
+        print(
+            f"epochs {saved['epochs']} -> {config.epochs}: the learning rate goes on as in a run of {config.epochs}, "
+            f"at {1 - epochs / config.epochs:.2f} of its start; the epochs so far had the schedule of "
+            f"{saved['epochs']}, so the end will not be that of a run of {config.epochs} from the beginning",
+            flush=True,
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
