@@ -1,4 +1,4 @@
-"""The optimizer: orthogonalised momentum for dense convolution filters, Nesterov momentum for everything else."""
+"""The optimizer: orthogonalised momentum for dense convolution filters, Adam for everything else."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,18 +7,21 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with `orthogonal=True`, plain SGD with Nesterov momentum for the others.
+    """Muon for the groups with `orthogonal=True`, Adam for the others.
 
     Muon (K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) takes the momentum of a
     filter bank as a matrix (out, in * height * width) and steps along the nearest orthogonal one, so that every
     direction learns at the same pace. With `rescale`, filters are brought to norm sqrt(out) before each step; the
     BatchNorm behind them undoes their scale anyway, and the rate then says how far a step turns them.
-    (`torch.optim.Muon` takes neither convolutions nor rescaling.)
+    (`torch.optim.Muon` takes neither convolutions nor rescaling.) Adam (Kingma & Ba, 2015) does the same for single
+    numbers: how far a step goes depends on the rate alone, not on the scale of the gradients.
 
     Args:
         params: Parameters or groups, as for every torch optimizer.
-        lr: Step length: relative to the filters' norm for Muon, per unit of gradient for SGD.
-        momentum: Share of the past gradients that is kept, 0 to 1.
+        lr: Step length: relative to the filters' norm for Muon, in units of the parameter for Adam.
+        momentum: Share of the past gradients that Muon keeps, 0 to 1.
+        betas: Shares of the past gradients and of their squares that Adam keeps, 0 to 1.
+        eps: Keeps Adam from dividing by zero.
         orthogonal: Whether to orthogonalise; takes parameters of two dimensions or more.
         rescale: Whether to bring the filters to norm sqrt(out); for layers with BatchNorm behind them.
     """
@@ -28,10 +31,13 @@ class Muon(torch.optim.Optimizer):
         params: Iterable[Tensor] | Iterable[dict],
         lr: float = 0.16,
         momentum: float = 0.6,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
         orthogonal: bool = True,
         rescale: bool = True,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "orthogonal": orthogonal, "rescale": rescale})
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps}
+        super().__init__(params, {**defaults, "orthogonal": orthogonal, "rescale": rescale})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -40,20 +46,31 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            update = _muon_step if group["orthogonal"] else _adam_step
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
-                update = parameter.grad.add(momentum, alpha=group["momentum"])  # Nesterov
-                if group["orthogonal"]:
-                    if group["rescale"]:
-                        parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp(min=1e-7))
-                    update = orthogonalize(update.flatten(1)).view(parameter.shape)
-                parameter.add_(update, alpha=-group["lr"])
+                if parameter.grad is not None:
+                    update(parameter, parameter.grad, self.state[parameter], group)
         return loss
+
+
+def _muon_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+    if not state:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+    direction = gradient.add(momentum, alpha=group["momentum"])  # Nesterov
+    if group["rescale"]:
+        parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp(min=1e-7))
+    parameter.add_(orthogonalize(direction.flatten(1)).view(parameter.shape), alpha=-group["lr"])
+
+
+def _adam_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+    if not state:
+        state |= {"step": 0, "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    mean = state["mean"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** state["step"])
+    square = state["square"].lerp_(gradient.square(), 1 - beta2) / (1 - beta2 ** state["step"])
+    parameter.sub_(mean / (square.sqrt() + group["eps"]), alpha=group["lr"])
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -75,25 +92,20 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def recipe_optimizer(model: nn.Module, lr: float = 0.16) -> Muon:
     """The recipe's optimizer for any network, not only `Net`.
 
-    Dense filters of at least 32 weights go to Muon at `lr`. Smaller and depthwise ones, BatchNorm and biases go to SGD
-    at 0.05, and the last linear layer at 0.67 (airbench94's rates), both times lr / 0.16.
-    Filters are rescaled where the network has BatchNorm at all, taken to stand behind every dense convolution.
+    Dense filters of at least 32 weights go to Muon at `lr`. Everything else goes to Adam, biases at lr / 8 and the rest
+    (smaller and depthwise filters, BatchNorm's gains, linear layers) at lr / 16; its betas and eps are those that K.
+    Jordan pairs with Muon. Filters are rescaled where the network has BatchNorm at all, taken to stand behind every
+    dense convolution.
     """
-    last_linear = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-    head = list(last_linear.parameters()) if last_linear else []
-    in_head = {id(p) for p in head}
-    filters, rest = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in in_head:
+    filters, biases, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
             dense = parameter.ndim == 4 and parameter.shape[1] > 1 and parameter[0].numel() >= 32
-            (filters if dense else rest).append(parameter)
+            (filters if dense else biases if name.endswith("bias") else rest).append(parameter)
+    rescale = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     groups = [
-        {
-            "params": filters,
-            "lr": lr,
-            "rescale": any(isinstance(m, nn.BatchNorm2d) for m in model.modules()),
-        },
-        {"params": rest, "lr": 0.05 / 0.16 * lr, "momentum": 0.85, "orthogonal": False},
-        {"params": [p for p in head if p.requires_grad], "lr": 0.67 / 0.16 * lr, "momentum": 0.85, "orthogonal": False},
+        {"params": filters, "lr": lr, "rescale": rescale},
+        {"params": biases, "lr": lr / 8, "orthogonal": False},
+        {"params": rest, "lr": lr / 16, "orthogonal": False},
     ]
     return Muon([group for group in groups if group["params"]])

@@ -221,14 +221,15 @@ def test_every_parameter_has_one_place_in_the_optimizer():
     assert id(net.c4[1].depthwise.conv.weight) not in orthogonal
 
 
-def test_sgd_groups_step_as_torch_sgd_does():
-    ours, theirs = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    muon = Muon([ours], lr=0.1, momentum=0.9, orthogonal=False)
-    sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, nesterov=True)
-    for _ in range(3):
-        for parameter, optimizer in ((ours, muon), (theirs, sgd)):
+def test_the_other_groups_step_as_torch_adam_does():
+    start = torch.tensor([1.0, -2.0, 3.0])
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    muon = Muon([ours], lr=0.1, betas=(0.8, 0.9), eps=1e-8, orthogonal=False)
+    adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.8, 0.9), eps=1e-8)
+    for _ in range(5):
+        for parameter, optimizer in ((ours, muon), (theirs, adam)):
             optimizer.zero_grad()
-            parameter.pow(2).sum().backward()
+            (parameter**4).sum().backward()
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
 
