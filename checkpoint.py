@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import io
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,15 +95,19 @@ def load(path: Path) -> dict[str, Any]:
 class StopRequest:
     """Whether someone asked for an end: Ctrl-C, the notebook's stop button, or a scheduler's SIGTERM.
 
-    `signal` is 0 until then. A second request raises KeyboardInterrupt at once.
+    `signal` is 0 until then. A second request raises KeyboardInterrupt at once, but not within the second in which
+    torchrun passes on what the terminal has sent already.
     """
 
-    signal = 0
+    def __init__(self) -> None:
+        self.signal, self.time = 0, math.inf
 
-    def _take(self, number: int, frame: object) -> None:
-        if self.signal:
+    def take(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        if time.monotonic() > self.time + 1:
             raise KeyboardInterrupt
-        self.signal = number
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
 
 
 @contextlib.contextmanager
@@ -109,7 +115,7 @@ def stop_requests() -> Iterator[StopRequest]:
     """Catches SIGINT and SIGTERM inside the `with`; outside the main thread, where nobody can, it catches nothing."""
     request, before = StopRequest(), {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, request._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, request.take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:

@@ -182,33 +182,44 @@ class EpochSampler(Sampler):
     """Every index once per epoch, in an order that depends on (seed, epoch) alone, as pairs (epoch, index).
 
     Each pass over it is the next epoch; set `epoch` to go to another, and `start` to leave out the first images of
-    the next pass, because they were met before an interruption.
+    the next pass, because they were met before an interruption. Of several processes (`ranks`) each gets every
+    `ranks`-th image, so that together they have all, and in each step the images that one process alone would have.
     """
 
-    def __init__(self, size: int, seed: int = 0) -> None:
-        self.size, self.seed, self.epoch, self.start = size, seed, 0, 0
+    def __init__(self, size: int, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
+        self.size, self.seed, self.rank, self.ranks = size, seed, rank, ranks
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return self.size
+        return len(range(self.rank, self.size, self.ranks))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, start, self.epoch, self.start = self.epoch, self.start, self.epoch + 1, 0
         order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.size)
-        return ((epoch, int(i)) for i in order[start:])
+        return ((epoch, int(i)) for i in order[start:][self.rank :: self.ranks])
 
 
 def make_loader(
-    dataset: CIFAR10, batch_size: int, *, train: bool, workers: int = 0, pin_memory: bool = False
+    dataset: CIFAR10,
+    batch_size: int,
+    *,
+    train: bool,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> DataLoader:
     """Batches (float32 (B, 3, 32, 32), int64 (B,)): shuffled anew each epoch if `train`, else in order.
 
     The last batch is smaller where `batch_size` does not divide the dataset; no image is left out. The batches are
-    the same for any number of workers. These live as long as the loader, so that an epoch starts at once.
+    the same for any number of workers. These live as long as the loader, so that an epoch starts at once. Of several
+    processes (`ranks`, which must divide `batch_size`) each gets its share of every batch.
     """
+    size = len(dataset)
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=EpochSampler(len(dataset), dataset.seed) if train else None,
+        batch_size // ranks,
+        sampler=EpochSampler(size, dataset.seed, rank, ranks) if train else range(rank, size, ranks),
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,

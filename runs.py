@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import platform
 import sys
 import time
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import checkpoint
+import distributed
 from checkpoint import CheckpointError
 from config import FREE, Config, Runtime, SettingError, describe_hardware
 from utils import plot_curves
@@ -39,10 +41,22 @@ class StoppedError(RuntimeError):
         self.signal = number
         where = f"saved after {run.epochs} epochs and {run.meter.steps} steps"
         super().__init__(
-            f"stopped, {'not saved: the last save that worked counts' if run.error else where}; go on with\n"
-            f"  python train.py --resume {run.folder}\n"
-            f'or, in the notebook, with resume = "{run.folder.as_posix()}"'
+            f"stopped, {'not saved: the last save that worked counts' if run.error else where}\n{run.how_to_go_on()}"
         )
+
+
+class MachineError(RuntimeError):
+    """The machine failed the run, not its settings; the message says how, and how to go on."""
+
+
+def failure_of_the_machine(error: BaseException) -> str | None:
+    """What happened and what may help, if the machine failed; None if the error is of another kind."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "memory ran out: end other programs, or begin a new run with a smaller batch_size"
+    if "DataLoader worker" in text:
+        return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
+    return None
 
 
 @dataclasses.dataclass
@@ -86,10 +100,11 @@ class Run:
         }
         if config.resume:
             self.folder = Path(config.resume)
-            self._take_up(checkpoint.load(self.folder / "last.pt"))
+            self._take_up(distributed.from_rank_0(lambda: checkpoint.load(self.folder / "last.pt")))
         else:
-            self.folder = _claim(config)
-        checkpoint.remove_scratch(self.folder)
+            self.folder = distributed.from_rank_0(lambda: _claim(config))
+        if distributed.rank() == 0:
+            checkpoint.remove_scratch(self.folder)
 
     @property
     def history(self) -> dict[str, list]:
@@ -100,6 +115,17 @@ class Run:
         """How many are finished."""
         return len(self.history.get("epoch", ()))
 
+    def say(self, text: str) -> None:
+        """Prints, once for all processes."""
+        if distributed.rank() == 0:
+            print(text, flush=True)
+
+    def how_to_go_on(self) -> str:
+        if not (self.folder / "last.pt").exists():
+            return "nothing was saved yet: begin anew"
+        folder = self.folder.as_posix()
+        return f'go on with\n  python train.py --resume {folder}\nor, in the notebook, with resume = "{folder}"'
+
     def is_due(self) -> bool:
         """Whether `config.save_minutes` have passed since the last save."""
         return time.perf_counter() - self.saved_at > 60 * self.config.save_minutes
@@ -109,6 +135,8 @@ class Run:
         for column, value in row.items():
             self.history.setdefault(column, []).append(value)
         self.meter = Meter(torch.zeros_like(self.meter.sums))
+        if distributed.rank() > 0:
+            return
         self.save()
         picture, weights = io.BytesIO(), io.BytesIO()
         plot_curves(self.history).savefig(picture, format="png")
@@ -123,11 +151,11 @@ class Run:
             raise UnsavedError(f"training ended, but could not be saved in {self.folder}: {self.error}", self.history)
 
     def save(self) -> None:
-        """Writes last.pt, unless the weights are broken; training is about to notice that.
+        """Writes last.pt, on rank 0, unless the weights are broken; training is about to notice that.
 
         If writing fails, says so and goes on: the file before is still there, and the next save may work.
         """
-        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+        if distributed.rank() > 0 or not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
             return
         now = time.perf_counter()
         self.result["wall_seconds"] = round(self.result["wall_seconds"] + now - self.started, 2)
@@ -185,6 +213,16 @@ class Run:
                 print(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit", flush=True)
         self.meter = Meter(**{**meter, "sums": meter["sums"].to(self.meter.sums.device)})
         self.result |= {"history": result["history"], "wall_seconds": result["wall_seconds"]}
+
+
+def after_restart(config: Config) -> Config:
+    """The settings with which to go on if torchrun has started all processes anew because one died."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (config.name or config.resume):
+        raise SettingError("name: with --max-restarts, torchrun needs one by which the run is found again")
+    folder = Path("runs") / (config.name or "")
+    if distributed.restarts() and not config.resume and (folder / "last.pt").exists():
+        return dataclasses.replace(config, resume=str(folder), overwrite=False)
+    return config
 
 
 def _claim(config: Config) -> Path:

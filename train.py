@@ -18,12 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from checkpoint import CheckpointError, stop_requests
+import distributed
+from checkpoint import CheckpointError, StopRequest, stop_requests
 from config import Config, Runtime, SettingError, choose_runtime, parse_args
 from dataset import CIFAR10, make_loader
 from model import Net
 from optim import recipe_optimizer
-from runs import Meter, Run, StoppedError, UnsavedError
+from runs import MachineError, Meter, Run, StoppedError, UnsavedError, after_restart, failure_of_the_machine
 from storage import DataError
 
 
@@ -71,19 +72,24 @@ def train_one_epoch(
             with runtime.autocast():
                 scores = model(images).float()  # (N, classes)
             loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+            sums, count = _sums(scores.detach(), labels), len(labels)
+            if distributed.world_size() > 1:
+                whole = distributed.add_up(torch.cat([sums, sums.new_tensor([count])]))
+                loss = loss * count * distributed.world_size() / whole[2]  # a mean over images, not over processes
+                sums, count = whole[:2], int(whole[2])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if scheduler:
                 scheduler.step()
-            meter.sums += _sums(scores.detach(), labels)
+            meter.sums += sums
             meter.steps += 1
-            meter.images += len(labels)
+            meter.images += count
             meter.seconds = before + time.perf_counter() - started
             if meter.steps % 5 == 0:  # reading the sums makes a GPU wait
                 mean_loss, accuracy = _means(meter, title)
                 bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1f}%", refresh=False)
-            bar.update(len(labels))
+            bar.update(count)
             if after_step:
                 after_step()
     return _means(meter, title)
@@ -120,9 +126,11 @@ def predict(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = N
 
 def evaluate(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = None) -> tuple[float, float]:
     """Mean loss (negative log-likelihood in nats) and accuracy (percent) over all images, each counted once."""
+    runtime = runtime or _runtime_of(model)
     log_probs, labels = predict(model, loader, runtime=runtime)
-    loss_sum, correct = _sums(log_probs, labels).tolist()
-    return loss_sum / len(labels), 100 * correct / len(labels)
+    sums = torch.tensor([*_sums(log_probs, labels).tolist(), len(labels)], dtype=torch.float32, device=runtime.device)
+    loss_sum, correct, count = distributed.add_up(sums).tolist()
+    return loss_sum / count, 100 * correct / count
 
 
 def _runtime_of(model: nn.Module) -> Runtime:
@@ -147,9 +155,15 @@ def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, 
         train_set = train_set.subset(order[config.holdout :], config.augment)
     else:
         test_set = CIFAR10(train=False, **source)
-    if config.batch_size > len(train_set):
-        raise SettingError(f"batch_size must be at most the {len(train_set)} training images, got {config.batch_size}")
-    options = {"batch_size": config.batch_size, "pin_memory": pin_memory}
+    size, ranks = len(train_set), distributed.world_size()
+    if config.batch_size > size:
+        raise SettingError(f"batch_size must be at most the {size} training images, got {config.batch_size}")
+    if config.batch_size % ranks or 0 < size % config.batch_size < ranks:
+        raise SettingError(
+            f"batch_size must be a multiple of the {ranks} processes and leave none of them without images in the last "
+            f"batch of the {size}, got {config.batch_size}"
+        )
+    options = {"batch_size": config.batch_size, "pin_memory": pin_memory, "rank": distributed.rank(), "ranks": ranks}
     return (
         make_loader(train_set, train=True, workers=config.workers, **options),
         make_loader(test_set, train=False, **options),
@@ -177,10 +191,16 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         storage.DataError: CIFAR-10 is missing or damaged.
         CheckpointError: The run to be resumed is missing, damaged, or of another network.
         NonFiniteLossError: The loss is infinite or NaN; the last checkpoint is from before.
+        MachineError: Memory ran out, or a process that prepares images died; the last checkpoint is from before.
         StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
         UnsavedError: Training ended, but the disk did not take the result.
     """
     runtime = choose_runtime(config.device, config.precision, config.layout)
+    with distributed.process_group(runtime.device.type):
+        return _fit(after_restart(config), model, runtime, progress)
+
+
+def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bool | None) -> dict[str, list[float]]:
     torch.manual_seed(config.seed)
     model = Net() if model is None else model
     model.to(runtime.device)
@@ -193,68 +213,84 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
     run = Run(config, model, optimizer, scheduler, runtime)
     train_loader.sampler.epoch, train_loader.sampler.start = run.epochs, run.meter.images
 
-    parameters = run.result["parameters"]
-    images = f"{len(train_loader.dataset):,} images of {config.data}"
-    done = f", going on after {run.epochs} epochs and {run.meter.steps} steps" if config.resume else ""
-    print(
-        f"{type(model).__name__}, {parameters:,} parameters, on {images}; {runtime}; results in {run.folder}{done}",
-        flush=True,
+    ranks = distributed.world_size()
+    run.say(
+        f"{type(model).__name__}, {run.result['parameters']:,} parameters, on {len(train_loader.dataset):,} images of "
+        f"{config.data}; {runtime}{f', {ranks} processes' if ranks > 1 else ''}; results in {run.folder}"
+        + (f", going on after {run.epochs} epochs and {run.meter.steps} steps" if config.resume else "")
     )
-    tested_on = "held-out" if config.holdout else "test"
-    with stop_requests() as request:
-
-        def after_step() -> None:
-            if request.signal or run.is_due():
-                run.save()
-            if request.signal:
-                raise StoppedError(run, request.signal)
-
-        for epoch in range(run.epochs + 1, config.epochs + 1):
-            title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
-            train_loss, train_accuracy = train_one_epoch(
-                model,
-                train_loader,
-                optimizer,
-                scheduler,
-                runtime=runtime,
-                label_smoothing=config.label_smoothing,
-                title=title,
-                progress=progress,
-                meter=run.meter,
-                after_step=after_step,
-            )
-            test_loss, test_accuracy = evaluate(model, test_loader, runtime=runtime)
-            if not math.isfinite(test_loss):
-                raise NonFiniteLossError(
-                    f"{title}: the weights became infinite or NaN. Try a lower lr or precision fp32."
-                )
-            seconds = run.history.get("seconds", [0.0])[-1] + run.meter.seconds
-            run.finish_epoch(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "train_accuracy": train_accuracy,
-                    "test_loss": test_loss,
-                    "test_accuracy": test_accuracy,
-                    "lr": config.lr * (1 - (epoch - 1) / config.epochs),
-                    "seconds": round(seconds, 2),
-                    "data": config.data,
-                    "tested_on": tested_on,
-                }
-            )
-            print(
-                f"{title}: train {train_accuracy:.2f} % (loss {train_loss:.3f}), "
-                f"{tested_on} {test_accuracy:.2f} % (loss {test_loss:.3f}), {seconds:.0f} s",
-                flush=True,
-            )
-            if request.signal and epoch < config.epochs:
-                raise StoppedError(run, request.signal)
+    try:
+        with stop_requests() as request, distributed.parallel(model) as network:
+            _run_epochs(run, network, train_loader, test_loader, runtime, request, progress)
+    except (RuntimeError, MemoryError) as error:
+        if cause := failure_of_the_machine(error):
+            raise MachineError(f"{cause}\n{run.how_to_go_on()}") from error
+        raise
     run.close()
     return run.history
 
 
+def _run_epochs(
+    run: Run,
+    network: nn.Module,
+    train_loader: DataLoader,
+    test_loader: DataLoader,
+    runtime: Runtime,
+    request: StopRequest,
+    progress: bool | None,
+) -> None:
+    """The epochs that `run` still lacks."""
+    config = run.config
+
+    def after_step() -> None:
+        stop = distributed.largest(request.signal)  # of all processes, which are asked at different moments
+        if stop or run.is_due():
+            run.save()
+        if stop:
+            raise StoppedError(run, stop)
+
+    for epoch in range(run.epochs + 1, config.epochs + 1):
+        title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
+        train_loss, train_accuracy = train_one_epoch(
+            network,
+            train_loader,
+            run.optimizer,
+            run.scheduler,
+            runtime=runtime,
+            label_smoothing=config.label_smoothing,
+            title=title,
+            progress=progress,
+            meter=run.meter,
+            after_step=after_step,
+        )
+        test_loss, test_accuracy = evaluate(run.model, test_loader, runtime=runtime)
+        if not math.isfinite(test_loss):
+            raise NonFiniteLossError(f"{title}: the weights became infinite or NaN. Try a lower lr, or precision fp32.")
+        row = {
+            "epoch": epoch,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "lr": config.lr * (1 - (epoch - 1) / config.epochs),
+            "seconds": round(run.history.get("seconds", [0.0])[-1] + run.meter.seconds, 2),
+            "data": config.data,
+            "tested_on": "held-out" if config.holdout else "test",
+        }
+        run.say(
+            f"{title}: train {train_accuracy:.2f} % (loss {train_loss:.3f}), "
+            f"{row['tested_on']} {test_accuracy:.2f} % (loss {test_loss:.3f}), {row['seconds']:.0f} s"
+        )
+        run.finish_epoch(row)
+        stop = distributed.largest(request.signal)
+        if stop and epoch < config.epochs:
+            raise StoppedError(run, stop)
+
+
 def _bar(title: str, total: int, initial: int, progress: bool | None) -> tqdm:
-    if progress is not None:
+    if distributed.rank() > 0:
+        disable = True
+    elif progress is not None:
         disable = not progress
     elif "ipykernel" in sys.modules:  # a notebook is no terminal, but shows bars; tqdm's there ignores the variable
         disable = "TQDM_DISABLE" in os.environ
@@ -273,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     except StoppedError as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    except (SettingError, DataError, CheckpointError, NonFiniteLossError, UnsavedError) as error:
+    except (SettingError, DataError, CheckpointError, NonFiniteLossError, MachineError, UnsavedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

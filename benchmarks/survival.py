@@ -19,14 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 import torch  # noqa: E402
+from conftest import TinyCIFAR10  # noqa: E402
 from torchvision import datasets  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
 import storage  # noqa: E402
+from model import Net  # noqa: E402
 
 DRIVER = f"""
 import sys
@@ -37,7 +39,7 @@ import train
 if __name__ == "__main__":
     sys.exit(train.main(sys.argv[1:]))
 """
-FLAGS = "--data synthetic --epochs 2 --batch-size 20 --workers 1 --save-minutes 0".split()
+FLAGS = ["--data", "synthetic", "--epochs", "2", "--batch-size", "20", "--workers", "1", "--save-minutes", "0"]
 
 
 def kill_and_resume(kills: int, folder: Path, dice: random.Random) -> Counter:
@@ -85,26 +87,70 @@ def same(a: dict, b: dict) -> bool:
 
 
 def corrupt(corruptions: int, folder: Path, dice: random.Random) -> Counter:
-    """Damages a data file, the archive or a checkpoint, one at a time, and tries to read it."""
-    data = folder / "data" / storage.FOLDER
-    data.mkdir(parents=True)
-    batch, last = data / "data_batch_1", folder / "last.pt"
-    batch.write_bytes(dice.randbytes(100_000))
-    expected = [["data_batch_1", storage.md5_of(batch)]] if hasattr(storage, "md5_of") else []
-    del expected
-    checkpoint.save(last, {"weights": torch.randn(30_000)})
-    return Counter()
+    """Damages a data file, the archive or a checkpoint, one at a time, and reads it as a run would."""
+    (folder / "data").mkdir()
+    tiny = TinyCIFAR10(folder / "data")
+    for name, value in tiny.expectations().items():
+        setattr(datasets.CIFAR10, name, value)
+    last = folder / "last.pt"
+    checkpoint.save(last, {"model": Net().state_dict(), "epoch": 3})
+    by_hand = folder / "by-hand"
+    by_hand.mkdir()
+    shutil.copy(tiny.archive, by_hand)
+    readers: dict[Path, Callable[[], object]] = {
+        **{path: lambda: storage.prepare(tiny.root) for path in (tiny.root / storage.FOLDER).iterdir()},
+        by_hand / storage.ARCHIVE: lambda: storage.prepare(by_hand),
+        last: lambda: checkpoint.load(last),
+    }
+    counts = Counter(corruptions=corruptions)
+    for _ in tqdm(range(corruptions), desc="corruptions"):
+        path = dice.choice(list(readers))
+        good = path.read_bytes()
+        path.write_bytes(damaged(good, dice))
+        try:
+            readers[path]()
+            counts["accepted"] += 1
+        except (storage.DataError, checkpoint.CheckpointError) as error:
+            counts["refused by name" if path.name in str(error) else "refused"] += 1
+        except Exception:
+            counts["another error"] += 1
+        path.write_bytes(good)
+    for read in readers.values():
+        read()  # undamaged, all are accepted
+    return counts
 
 
 def damaged(content: bytes, dice: random.Random) -> bytes:
-    """With a bit flipped, the end cut off, or two pieces swapped."""
+    """With a bit flipped, the end cut off, or two pieces swapped; never the same as before."""
     bad = bytearray(content)
-    kind = dice.choice(("flip", "truncate", "swap"))
-    if kind == "flip":
-        bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
-    elif kind == "truncate":
-        del bad[dice.randrange(len(bad)) :]
-    else:
-        i, j = sorted(dice.sample(range(0, len(bad) - 64, 64), 2))
-        bad[i : i + 64], bad[j : j + 64] = bad[j : j + 64], bad[i : i + 64]
+    while bad == content:
+        kind = dice.choice(("flip", "truncate", "swap"))
+        if kind == "flip":
+            bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
+        elif kind == "truncate":
+            del bad[dice.randrange(len(bad)) :]
+        else:
+            i, j = dice.sample(range(0, len(bad) - 16, 16), 2)
+            bad[i : i + 16], bad[j : j + 16] = bad[j : j + 16], bad[i : i + 16]
     return bytes(bad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--corruptions", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    dice, result = random.Random(arguments.seed), {"seed": arguments.seed}
+    for title, experiment, count in (
+        ("kills", kill_and_resume, arguments.kills),
+        ("corruptions", corrupt, arguments.corruptions),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            result[title] = experiment(count, Path(folder), dice)
+        print(title, dict(result[title]), flush=True)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

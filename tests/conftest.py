@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCIFAR10:
     root = tmp_path_factory.mktemp("tiny") / "data"
     root.mkdir()
     return TinyCIFAR10(root)
+
+
+@pytest.fixture
+def driver(tiny: TinyCIFAR10, tmp_path: Path) -> Callable[[str], Path]:
+    """`driver(patch)` writes train.py's command line for processes of their own: on the tiny data, after `patch`."""
+
+    def write(patch: str = "") -> Path:
+        path = tmp_path / "driver.py"
+        path.write_text(
+            "import os, signal, sys\n"
+            f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+            "import torch\nfrom torchvision import datasets\n"
+            f"for name, value in {tiny.expectations()!r}.items():\n    setattr(datasets.CIFAR10, name, value)\n"
+            f"import train\n{patch}\n"
+            "if __name__ == '__main__':\n    sys.exit(train.main(sys.argv[1:]))\n"
+        )
+        return path
+
+    return write
 
 
 @pytest.fixture(autouse=True)

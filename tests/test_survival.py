@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,10 +20,8 @@ import checkpoint
 import train
 from checkpoint import CheckpointError
 from config import Config, SettingError, parse_args
-from runs import FILES, StoppedError, UnsavedError
+from runs import FILES, MachineError, StoppedError, UnsavedError
 from train import fit
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 def quick(**settings) -> Config:
@@ -108,6 +107,7 @@ def test_a_second_signal_leaves_at_once():
 
         def forward(self, x: Tensor) -> Tensor:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.1)
             os.kill(os.getpid(), signal.SIGINT)
             return self.net(x)
 
@@ -202,6 +202,35 @@ def test_a_folder_deleted_under_the_run_comes_back():
     assert checkpoint.load(Path("runs/quick/last.pt"))["result"]["history"] == history
 
 
+def test_a_worker_that_dies_is_named_and_the_run_goes_on(uninterrupted):
+    model, steps = small_network(), 0
+
+    def kill_worker(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal steps
+        steps += module.training
+        if steps == 6:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    model.register_forward_hook(kill_worker)
+    with pytest.raises(MachineError, match=r"(?s)images died.*--resume runs/quick"):
+        fit(quick(workers=1, epochs=3), model)
+    resumed = small_network()
+    fit(quick(resume="runs/quick"), resumed)
+    assert torch.equal(weights(resumed), uninterrupted[0])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_is_named(error):
+    def run_out(module: nn.Module, inputs: object) -> None:
+        raise error
+
+    model = small_network()
+    model.register_forward_pre_hook(run_out)
+    with pytest.raises(MachineError, match=r"(?s)memory ran out.*nothing was saved yet"):
+        fit(quick(), model)
+
+
 def test_broken_weights_do_not_replace_good_ones():
     model = small_network()
 
@@ -263,20 +292,12 @@ def test_what_a_killed_process_left_half_written_is_cleaned_up():
     assert sorted(os.listdir("runs/quick")) == sorted(FILES)
 
 
-def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, tmp_path):
-    """As benchmarks/kills.py does it 50 times: SIGKILL at random, with a save after every step."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import torch; from torchvision import datasets\n"
-        f"for name, value in {tiny.expectations()!r}.items(): setattr(datasets.CIFAR10, name, value)\n"
-        "import train\n"
-        "if __name__ == '__main__': sys.exit(train.main(sys.argv[1:]))\n"
-    )
+def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver):
+    """As benchmarks/survival.py does it 50 times: SIGKILL at random, with a save after every step."""
     flags = f"--epochs 2 --batch-size 20 --workers 1 --precision fp32 --save-minutes 0 --data-dir {tiny.root}".split()
 
     def start(*arguments: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, driver, *arguments], stdout=subprocess.DEVNULL)
+        return subprocess.Popen([sys.executable, driver(), *arguments], stdout=subprocess.DEVNULL)
 
     assert start(*flags, "--name", "whole").wait() == 0
     dice, arguments, last = random.Random(0), [*flags, "--name", "killed"], Path("runs/killed/last.pt")

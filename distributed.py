@@ -1,0 +1,118 @@
+"""Several processes train one network: `torchrun --nproc-per-node=N train.py ...`. Started alone, all of this is idle.
+
+Each process, or rank, takes its share of every batch. Gradients are averaged by `DistributedDataParallel`; BatchNorm's
+statistics and the metrics are summed over all ranks, so that the run is that of one process with the same batch size.
+"""
+
+import contextlib
+import os
+import types
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Which of the processes this one is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def restarts() -> int:
+    """How often torchrun has started this run anew because a process died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@contextlib.contextmanager
+def process_group(device_type: str) -> Iterator[None]:
+    """Joins the other processes that torchrun started, by NCCL on GPUs and gloo elsewhere, until the `with` ends."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum of the tensors of all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers of all ranks."""
+    if world_size() == 1:
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor([number], device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, given to all."""
+    if world_size() == 1:
+        return make()
+    box = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def parallel(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as all ranks train it together; itself if there is but one. Inside, its BatchNorm sees whole batches.
+
+    (`torch.nn.SyncBatchNorm` does that on GPUs only.)
+    """
+    if world_size() == 1:
+        yield model
+        return
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for layer in layers:
+        layer.forward = types.MethodType(_whole_batch_norm, layer)
+    try:
+        yield DistributedDataParallel(model, broadcast_buffers=False)
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _whole_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """What `layer` does, (N, C, ...) -> the same, but with the statistics of all ranks' images in training."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    dims, values = [0, *range(2, x.ndim)], x.float()
+    count = values.new_tensor([values.numel() / values.shape[1]])
+    sums = all_reduce(torch.cat([values.sum(dims), values.square().sum(dims), count]))
+    total, channels = sums[-1].detach(), values.shape[1]
+    mean = sums[:channels] / total
+    variance = sums[channels:-1] / total - mean.square()
+    if layer.track_running_stats:
+        layer.num_batches_tracked += 1
+        momentum = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+        with torch.no_grad():
+            layer.running_mean.lerp_(mean, momentum)
+            layer.running_var.lerp_(variance * total / (total - 1), momentum)
+    shape = [1, channels, *[1] * (x.ndim - 2)]
+    scale = (variance + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
+    shift = (0 if layer.bias is None else layer.bias) - mean * scale
+    return (values * scale.view(shape) + shift.view(shape)).to(x.dtype)
