@@ -14,6 +14,12 @@ from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"  # the file that says that a process is writing to the folder, and which launch of torchrun it is from
 SCRATCH = ".new"  # ends the name of a file that is being written
 DIGEST_SIZE = hashlib.sha256().digest_size
 
@@ -57,6 +63,39 @@ def remove_scratch(folder: Path) -> None:
     """Deletes what a killed process had not finished writing in `folder`."""
     for path in folder.glob(f".*{SCRATCH}"):
         path.unlink(missing_ok=True)
+
+
+def lock(folder: Path, launch: str) -> io.TextIOBase:
+    """Marks the folder as written to by this process until it ends, and notes its launch, see `launch_of`.
+
+    The system frees the lock when the process dies, however it dies; data-loading workers do not inherit it. Windows
+    has no such lock, so there nothing is refused.
+
+    Returns:
+        The open file, which holds the lock.
+
+    Raises:
+        BlockingIOError: Another process has the lock.
+    """
+    file = open(folder / LOCK, "a+")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise BlockingIOError(f"another process is writing to {folder}") from error
+    file.truncate(0)
+    file.write(launch)
+    file.flush()
+    return file
+
+
+def launch_of(folder: Path) -> str | None:
+    """Which launch of torchrun last wrote to the folder; empty if it was started alone, None if nobody did."""
+    try:
+        return (folder / LOCK).read_text()
+    except OSError:
+        return None
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -119,12 +119,19 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(arguments))
     try:
-        if "resume" in given:
-            saved = checkpoint.load(Path(given["resume"]) / "last.pt")["result"]["config"]
-            given = {**saved, "overwrite": False, **given}
-        return Config(**given)
+        return resumed(given.pop("resume"), **given) if "resume" in given else Config(**given)
     except (SettingError, CheckpointError) as error:
         parser.error(str(error))
+
+
+def resumed(folder: str | Path, **changes: Any) -> Config:
+    """The settings with which `fit` goes on with the run in `folder`: its own, but for `changes`.
+
+    Raises:
+        CheckpointError: There is no run, or its checkpoint is damaged.
+    """
+    saved = checkpoint.load(Path(folder) / "last.pt")["result"]["config"]
+    return Config(**{**saved, "overwrite": False, **changes, "resume": folder})
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,6 @@ def make_loader(
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process to answer
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes, but for the training one to answer
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)  # OpenCV's threads would fight those of training for the cores

@@ -14,9 +14,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from config import SettingError
 
 T = TypeVar("T")
 
@@ -31,17 +32,24 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def restarts() -> int:
-    """How often torchrun has started this run anew because a process died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def launch() -> str:
+    """What names this start of torchrun, the same after it has started dead processes anew; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def can_restart() -> bool:
+    """Whether torchrun starts all processes anew when one dies (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 @contextlib.contextmanager
 def process_group(device_type: str) -> Iterator[None]:
     """Joins the other processes that torchrun started, by NCCL on GPUs and gloo elsewhere, until the `with` ends."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if not launch() or dist.is_initialized():
         yield
         return
+    if device_type not in ("cpu", "cuda"):
+        raise SettingError(f"device {device_type} cannot train in several processes; choose cpu or cuda")
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -69,12 +77,26 @@ def largest(number: int) -> int:
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make()` returns on rank 0, given to all."""
+    """What `make()` returns on rank 0, given to all; what it raises there is raised by all."""
     if world_size() == 1:
         return make()
-    box = [make() if rank() == 0 else None]
+    box: list = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
     dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
+
+
+def first_on_each_machine(make: Callable[[], object]) -> None:
+    """Lets one process of each machine do what the others then find done."""
+    if world_size() > 1 and int(os.environ["LOCAL_RANK"]) == 0:
+        make()
+    largest(0)  # all wait here for one another
 
 
 @contextlib.contextmanager
@@ -96,23 +118,39 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
             del layer.forward
 
 
+class _AddUp(torch.autograd.Function):
+    """The sum over all ranks; every rank's loss depends on it, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: object, tensor: Tensor) -> Tensor:
+        return add_up(tensor.clone())
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        return add_up(gradient.clone())
+
+
 def _whole_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
     """What `layer` does, (N, C, ...) -> the same, but with the statistics of all ranks' images in training."""
     if not layer.training:
         return type(layer).forward(layer, x)
-    dims, values = [0, *range(2, x.ndim)], x.float()
-    count = values.new_tensor([values.numel() / values.shape[1]])
-    sums = all_reduce(torch.cat([values.sum(dims), values.square().sum(dims), count]))
-    total, channels = sums[-1].detach(), values.shape[1]
+    dims, channels = [0, *range(2, x.ndim)], x.shape[1]
+    shape = [1, channels, *[1] * (x.ndim - 2)]
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    origin = torch.zeros_like(values[0, 0]).mean() if layer.running_mean is None else layer.running_mean.clone()
+    near = values - origin.view(-1, *shape[2:])  # so that the difference of squares below loses no digits
+    count = values.new_tensor([values.numel() / channels])
+    sums = _AddUp.apply(torch.cat([near.sum(dims), near.square().sum(dims), count]))
+    total = sums[-1].detach()
     mean = sums[:channels] / total
-    variance = sums[channels:-1] / total - mean.square()
+    variance = (sums[channels:-1] / total - mean.square()).clamp(min=0)
+    mean = mean + origin
     if layer.track_running_stats:
         layer.num_batches_tracked += 1
         momentum = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
         with torch.no_grad():
             layer.running_mean.lerp_(mean, momentum)
             layer.running_var.lerp_(variance * total / (total - 1), momentum)
-    shape = [1, channels, *[1] * (x.ndim - 2)]
     scale = (variance + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
     shift = (0 if layer.bias is None else layer.bias) - mean * scale
     return (values * scale.view(shape) + shift.view(shape)).to(x.dtype)

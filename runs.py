@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import platform
 import sys
 import time
@@ -22,6 +21,7 @@ from checkpoint import CheckpointError
 from config import FREE, Config, Runtime, SettingError, describe_hardware
 from utils import plot_curves
 
+NOTED = ("runtime", "processes", "hardware", "versions")  # with others, a run may not go on bit for bit
 PACKAGES = ("torch", "torchvision", "albumentations", "albucore", "opencv-python-headless", "numpy")
 FILES = ("last.pt", "metrics.json", "curves.png", "model.pt")
 
@@ -32,6 +32,10 @@ class UnsavedError(OSError):
     def __init__(self, message: str, history: dict[str, list]) -> None:
         super().__init__(message)
         self.history = history
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or a weight became infinite or NaN, so training on would be useless."""
 
 
 class StoppedError(RuntimeError):
@@ -54,7 +58,7 @@ def failure_of_the_machine(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "memory ran out: end other programs, or begin a new run with a smaller batch_size"
-    if "DataLoader worker" in text:
+    if "DataLoader worker (pid" in text:
         return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
     return None
 
@@ -94,17 +98,21 @@ class Run:
             "history": {},
             "config": dataclasses.asdict(config),
             "runtime": str(runtime),
+            "processes": distributed.world_size(),
             "wall_seconds": 0.0,
             "hardware": describe_hardware(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
         if config.resume:
             self.folder = Path(config.resume)
-            self._take_up(distributed.from_rank_0(lambda: checkpoint.load(self.folder / "last.pt")))
+            state = distributed.from_rank_0(lambda: checkpoint.load(self.folder / "last.pt"))
+            distributed.from_rank_0(self._take_possession)
+            self._take_up(state)
+            if self.epochs:
+                self._write_results()  # whoever was killed may have had no time for them
         else:
-            self.folder = distributed.from_rank_0(lambda: _claim(config))
-        if distributed.rank() == 0:
-            checkpoint.remove_scratch(self.folder)
+            self.folder = distributed.from_rank_0(lambda: _free_folder(config))
+            distributed.from_rank_0(self._take_possession)
 
     @property
     def history(self) -> dict[str, list]:
@@ -135,9 +143,12 @@ class Run:
         for column, value in row.items():
             self.history.setdefault(column, []).append(value)
         self.meter = Meter(torch.zeros_like(self.meter.sums))
+        self.save()
+        self._write_results()
+
+    def _write_results(self) -> None:
         if distributed.rank() > 0:
             return
-        self.save()
         picture, weights = io.BytesIO(), io.BytesIO()
         plot_curves(self.history).savefig(picture, format="png")
         torch.save(self.model.state_dict(), weights)
@@ -151,12 +162,17 @@ class Run:
             raise UnsavedError(f"training ended, but could not be saved in {self.folder}: {self.error}", self.history)
 
     def save(self) -> None:
-        """Writes last.pt, on rank 0, unless the weights are broken; training is about to notice that.
+        """Writes last.pt, on rank 0.
 
         If writing fails, says so and goes on: the file before is still there, and the next save may work.
+
+        Raises:
+            NonFiniteLossError: A weight is infinite or NaN; such a state is not saved.
         """
-        if distributed.rank() > 0 or not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+        if distributed.rank() > 0:
             return
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise NonFiniteLossError("a weight became infinite or NaN. Try a lower lr, or precision fp32.")
         now = time.perf_counter()
         self.result["wall_seconds"] = round(self.result["wall_seconds"] + now - self.started, 2)
         self.started = self.saved_at = now
@@ -167,7 +183,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
         self.error = None
         try:
@@ -190,17 +206,26 @@ class Run:
             flush=True,
         )
 
+    def _take_possession(self) -> None:
+        try:
+            self.lock = checkpoint.lock(self.folder, distributed.launch())
+            checkpoint.remove_scratch(self.folder)
+            for name in FILES if self.config.overwrite else ():
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise SettingError(f"name: cannot write to {self.folder}: {error}") from error
+
     def _take_up(self, state: dict[str, Any]) -> None:
         """Puts everything back as it was when `state` was saved."""
         try:
             result, meter = state["result"], state["meter"]
-            _refuse_other_settings(self.config, result["config"], len(result["history"].get("epoch", ())), self.folder)
+            _refuse_other_settings(self.config, result["config"], self.folder)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["random"])
-            if torch.cuda.is_available() and state["cuda_random"]:
-                torch.cuda.set_rng_state_all(state["cuda_random"])
+            if torch.cuda.is_available() and state["cuda_random"] is not None:
+                torch.cuda.set_rng_state(state["cuda_random"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, SettingError):
                 raise
@@ -208,66 +233,62 @@ class Run:
         scheduler, groups = self.scheduler, self.optimizer.param_groups
         for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(scheduler.last_epoch)  # another one if `epochs` has changed
-        for field in ("runtime", "hardware", "versions"):
+        for field in NOTED:
             if result[field] != self.result[field]:
-                print(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit", flush=True)
+                self.say(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit")
+        if self.config.epochs != result["config"]["epochs"]:
+            self.say(
+                f"epochs {result['config']['epochs']} -> {self.config.epochs}: the rate goes on as in a run of "
+                f"{self.config.epochs} epochs; those so far had the shorter schedule, so the end will not be that of "
+                f"a run of {self.config.epochs} from the beginning"
+            )
         self.meter = Meter(**{**meter, "sums": meter["sums"].to(self.meter.sums.device)})
         self.result |= {"history": result["history"], "wall_seconds": result["wall_seconds"]}
 
 
 def after_restart(config: Config) -> Config:
-    """The settings with which to go on if torchrun has started all processes anew because one died."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (config.name or config.resume):
-        raise SettingError("name: with --max-restarts, torchrun needs one by which the run is found again")
+    """The settings with which to go on if torchrun has started all processes anew because one of them died."""
+    if not distributed.can_restart():
+        return config
+    if not (config.name or config.resume) or distributed.launch() == "none":
+        raise SettingError(
+            "name: with --max-restarts, a run needs a --name by which it is found again, and torchrun a --rdzv-id "
+            "(--standalone makes one)"
+        )
     folder = Path("runs") / (config.name or "")
-    if distributed.restarts() and not config.resume and (folder / "last.pt").exists():
-        return dataclasses.replace(config, resume=str(folder), overwrite=False)
-    return config
+    ours = distributed.from_rank_0(lambda: checkpoint.launch_of(folder) == distributed.launch())
+    if config.resume or not ours:
+        return config
+    saved = distributed.from_rank_0(lambda: (folder / "last.pt").exists())
+    return dataclasses.replace(config, resume=str(folder) if saved else None, overwrite=not saved)
 
 
-def _claim(config: Config) -> Path:
-    """A folder under runs/ for a new run; what it holds of another one is deleted if `config.overwrite` says so."""
+def _free_folder(config: Config) -> Path:
+    """A folder under runs/ for a new run, which may hold another one only if `config.overwrite` says so."""
     name = config.name or f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            if not config.overwrite:
-                raise SettingError(
-                    f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), "
-                    "or choose another name"
-                )
-            for file in FILES:
-                (folder / file).unlink(missing_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        if not config.overwrite and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise SettingError(
+                f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), or choose another"
+            )
     except OSError as error:
         raise SettingError(f"name: cannot write to {folder}: {error}") from error
     return folder
 
 
-def _refuse_other_settings(config: Config, saved: dict[str, Any], epochs: int, folder: Path) -> None:
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+def _refuse_other_settings(config: Config, saved: dict[str, Any], folder: Path) -> None:
+    wanted = dataclasses.asdict(config)
     other = [
-        f"{field} {wanted[field]!r} (the run has {_plain(saved[field])!r})"
+        f"{field} {wanted[field]!r} (the run has {saved[field]!r})"
         for field in wanted
-        if field not in (*FREE, "epochs") and field in saved and wanted[field] != _plain(saved[field])
+        if field not in (*FREE, "epochs") and wanted[field] != saved[field]
     ]
     if other:
         raise SettingError(
             f"resume: {folder} was begun with other settings, with which it would not be the same run: "
             f"{'; '.join(other)}. Give the same, or begin a new run."
         )
-    if config.epochs < epochs:
-        raise SettingError(f"epochs: {folder} has {epochs} epochs behind it, got {config.epochs}")
-    if config.epochs != saved["epochs"]:
-        print(
-            f"epochs {saved['epochs']} -> {config.epochs}: the learning rate goes on as in a run of {config.epochs}, "
-            f"at {1 - epochs / config.epochs:.2f} of its start; the epochs so far had the schedule of "
-            f"{saved['epochs']}, so the end will not be that of a run of {config.epochs} from the beginning",
-            flush=True,
-        )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if config.epochs < saved["epochs"]:
+        raise SettingError(f"epochs: the run in {folder} is one of {saved['epochs']}, got {config.epochs}")

@@ -24,12 +24,17 @@ from config import Config, Runtime, SettingError, choose_runtime, parse_args
 from dataset import CIFAR10, make_loader
 from model import Net
 from optim import recipe_optimizer
-from runs import MachineError, Meter, Run, StoppedError, UnsavedError, after_restart, failure_of_the_machine
-from storage import DataError
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became infinite or NaN, so training on would be useless."""
+from runs import (
+    MachineError,
+    Meter,
+    NonFiniteLossError,
+    Run,
+    StoppedError,
+    UnsavedError,
+    after_restart,
+    failure_of_the_machine,
+)
+from storage import DataError, prepare
 
 
 def train_one_epoch(
@@ -203,6 +208,10 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
 def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bool | None) -> dict[str, list[float]]:
     torch.manual_seed(config.seed)
     model = Net() if model is None else model
+    if distributed.rank():
+        torch.manual_seed(config.seed + distributed.rank())  # else the dropout of all processes would be the same
+    if config.data == "cifar10":
+        distributed.first_on_each_machine(lambda: prepare(config.data_dir))
     model.to(runtime.device)
     if runtime.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -247,6 +256,7 @@ def _run_epochs(
         if stop or run.is_due():
             run.save()
         if stop:
+            distributed.largest(0)  # the others wait until it is saved, for torchrun ends all when one ends
             raise StoppedError(run, stop)
 
     for epoch in range(run.epochs + 1, config.epochs + 1):
@@ -284,6 +294,7 @@ def _run_epochs(
         run.finish_epoch(row)
         stop = distributed.largest(request.signal)
         if stop and epoch < config.epochs:
+            distributed.largest(0)
             raise StoppedError(run, stop)
 
 
@@ -304,13 +315,16 @@ def _bar(title: str, total: int, initial: int, progress: bool | None) -> tqdm:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     config = parse_args(arguments)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, the one that speaks
     try:
         fit(config)
     except StoppedError as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
+        if first:
+            print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except (SettingError, DataError, CheckpointError, NonFiniteLossError, MachineError, UnsavedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped at once; `--resume` goes on from the last save in runs/", file=sys.stderr)

@@ -11,7 +11,8 @@ import torch
 import checkpoint
 from dataset import EpochSampler
 
-FLAGS = ["--epochs", "2", "--batch-size", "48", "--workers", "0", "--precision", "fp32"]  # 48 * 4 + 8 images
+# Of 200 images 149 are trained on: three batches of 48, one of 5. Neither 5 nor 51 can be halved.
+FLAGS = ["--epochs", "2", "--batch-size", "48", "--holdout", "51", "--workers", "0", "--precision", "fp32"]
 
 SMALL_NETWORK = """
 from torch import nn
@@ -55,8 +56,12 @@ def test_two_processes_learn_what_one_learns_and_survive_the_death_of_one(driver
     assert two.stdout.count("epoch 2/2: train") == 1  # only one of them speaks
     assert "2 processes" in two.stdout
     for column, values in history_of("one").items():
-        if column not in ("data", "tested_on"):
-            assert history_of("two")[column] == pytest.approx(values, rel=1e-2), column
+        if column.endswith("_loss"):
+            assert history_of("two")[column] == pytest.approx(values, rel=1e-3), column
+        elif column.endswith("_accuracy"):
+            assert history_of("two")[column] == pytest.approx(values, abs=4), column  # two images of 51
+        else:
+            assert history_of("two")[column] == values, column
 
     died = torchrun("--max-restarts=1", driver(SMALL_NETWORK + DIES), *FLAGS, "--name", "died")
     assert died.returncode == 0, died.stderr
@@ -64,6 +69,50 @@ def test_two_processes_learn_what_one_learns_and_survive_the_death_of_one(driver
     assert history_of("died") == history_of("two")
     ends = [checkpoint.load(Path("runs", name, "last.pt"))["model"] for name in ("two", "died")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+WHOLE_BATCH_NORM = """
+import sys
+sys.path.insert(0, {repository!r})
+import torch
+from torch import nn
+import distributed
+
+def grid(*shape):
+    return torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) ** 2).reshape(shape)
+
+with distributed.process_group("cpu"):
+    start, end = ((0, 5), (5, 7))[distributed.rank()]
+    images, weights = 50 + grid(7, 3, 4, 4), grid(7, 3, 4, 4).flip(0)
+    one = nn.BatchNorm2d(3, momentum=0.4).double()
+    two = nn.Sequential(nn.BatchNorm2d(3, momentum=0.4).double())
+    for layer in (one, two[0]):
+        nn.init.uniform_(layer.weight, 1, 1.5), nn.init.constant_(layer.bias, 0.3)
+    two[0].load_state_dict(one.state_dict())
+    whole, part = images.clone().requires_grad_(), images[start:end].clone().requires_grad_()
+    for _ in range(2):
+        expected = one(whole)
+    expected.mul(weights).sum().backward()
+    with distributed.parallel(two) as network:
+        for _ in range(2):
+            output = network(part)
+        output.mul(weights[start:end]).sum().backward()
+    torch.testing.assert_close(output, expected[start:end])
+    torch.testing.assert_close(part.grad, whole.grad[start:end])
+    for ours, theirs in zip(two.parameters(), one.parameters()):
+        torch.testing.assert_close(2 * ours.grad, theirs.grad)  # DistributedDataParallel takes the mean of the two
+    torch.testing.assert_close(dict(two[0].named_buffers()), dict(one.named_buffers()))
+    torch.testing.assert_close(two(part), one(part))  # each alone again
+    print("equal")
+"""
+
+
+def test_batchnorm_sees_the_whole_batch(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WHOLE_BATCH_NORM.format(repository=str(Path(__file__).parents[1])))
+    run = torchrun(script)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("equal") == 2
 
 
 def test_together_the_processes_meet_every_image_once_and_in_the_same_batches():
@@ -80,4 +129,4 @@ def test_what_the_processes_cannot_share_is_refused(driver):
     assert run.returncode != 0
     assert "batch_size must be a multiple of the 2 processes" in run.stderr
     run = torchrun("--max-restarts=1", driver(), "--epochs", "1")
-    assert "--max-restarts, torchrun needs one by which the run is found again" in run.stderr
+    assert "with --max-restarts, a run needs a --name" in run.stderr

@@ -40,6 +40,10 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([value.flatten().double() for value in model.state_dict().values()])
 
 
+def files_of(name: str) -> list[str]:
+    return sorted(file for file in os.listdir(Path("runs", name)) if file != checkpoint.LOCK)
+
+
 def timeless(history: dict) -> dict:
     return {column: values for column, values in history.items() if column != "seconds"}
 
@@ -85,7 +89,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(uninterrupted, step, workers, number)
     assert timeless(history) == timeless(uninterrupted[1])
     saved = json.loads(Path("runs/quick/metrics.json").read_text())
     assert saved["history"] == history
-    assert sorted(os.listdir("runs/quick")) == sorted(FILES)
+    assert files_of("quick") == sorted(FILES)
 
 
 def test_a_run_stopped_many_times_goes_on_bit_for_bit(uninterrupted):
@@ -146,7 +150,7 @@ def test_more_epochs_follow_the_longer_schedule_and_fewer_are_refused(capsys):
     assert "epochs 2 -> 4" in capsys.readouterr().out
     assert history["epoch"] == [1, 2, 3, 4]
     assert history["lr"] == pytest.approx([0.16, 0.08, 0.08, 0.04])
-    with pytest.raises(SettingError, match="4 epochs behind it, got 3"):
+    with pytest.raises(SettingError, match="is one of 4, got 3"):
         fit(quick(epochs=3, resume="runs/quick"), small_network())
 
 
@@ -190,6 +194,51 @@ def test_a_full_disk_costs_neither_the_run_nor_the_last_checkpoint(monkeypatch, 
     resumed = small_network()
     fit(quick(resume="runs/quick"), resumed)
     assert torch.equal(weights(resumed), weights(model))
+
+
+def test_results_that_could_not_be_written_are_written_when_resumed(monkeypatch):
+    good = checkpoint.write_whole
+
+    def write(path: Path, content: bytes) -> None:
+        if path.name == "model.pt":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        good(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_whole", write)
+    model = small_network()
+    with pytest.raises(UnsavedError):
+        fit(quick(epochs=1), model)
+    monkeypatch.setattr(checkpoint, "write_whole", good)
+    fit(quick(epochs=1, resume="runs/quick"), small_network())
+    saved = torch.load("runs/quick/model.pt", weights_only=True)
+    assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(not checkpoint.fcntl, reason="Windows has no such lock")
+def test_two_processes_do_not_write_to_one_folder(driver):
+    fit(quick(epochs=1), small_network())
+    held = checkpoint.lock(Path("runs/quick"), "")
+    for flags in (["--resume", "runs/quick"], ["--name", "quick", "--overwrite"]):
+        run = subprocess.run([sys.executable, driver(), *flags], capture_output=True, text=True, check=False)
+        assert run.returncode == 1
+        assert "another process is writing to runs" in run.stderr
+    held.close()
+
+
+def test_a_signal_to_all_processes_saves_too(driver):
+    patch = (
+        "def signal_all(module, inputs, output, count=[0]):\n"
+        "    count[0] += module.training\n"
+        "    if count[0] == 3:\n        os.killpg(0, signal.SIGTERM)\n"
+        "class Signalling(train.Net):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.register_forward_hook(signal_all)\n"
+        "train.Net = Signalling"
+    )
+    command = [sys.executable, driver(patch), "--name", "all", "--batch-size", "50", "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    assert run.returncode == 128 + signal.SIGTERM, run.stderr
+    assert "saved after 0 epochs and 3 steps" in run.stderr
+    assert checkpoint.load(Path("runs/all/last.pt"))["meter"]["images"] == 150
 
 
 def test_a_folder_deleted_under_the_run_comes_back():
@@ -289,12 +338,12 @@ def test_what_a_killed_process_left_half_written_is_cleaned_up():
     fit(quick(epochs=1), small_network())
     Path("runs/quick/.last.pt.new").write_bytes(b"half")
     fit(quick(epochs=2, resume="runs/quick"), small_network())
-    assert sorted(os.listdir("runs/quick")) == sorted(FILES)
+    assert files_of("quick") == sorted(FILES)
 
 
 def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver):
     """As benchmarks/survival.py does it 50 times: SIGKILL at random, with a save after every step."""
-    flags = f"--epochs 2 --batch-size 20 --workers 1 --precision fp32 --save-minutes 0 --data-dir {tiny.root}".split()
+    flags = f"--epochs 3 --batch-size 20 --workers 1 --precision fp32 --save-minutes 0 --data-dir {tiny.root}".split()
 
     def start(*arguments: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, driver(), *arguments], stdout=subprocess.DEVNULL)
@@ -316,3 +365,4 @@ def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver):
     ends = [checkpoint.load(Path("runs", name, "last.pt")) for name in ("whole", "killed")]
     assert all(torch.equal(ends[0]["model"][key], ends[1]["model"][key]) for key in ends[0]["model"])
     assert timeless(ends[0]["result"]["history"]) == timeless(ends[1]["result"]["history"])
+    assert files_of("killed") == sorted(FILES)
