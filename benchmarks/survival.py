@@ -6,6 +6,7 @@ into the writing of a checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -50,40 +51,45 @@ def kill_and_resume(kills: int, folder: Path, dice: random.Random) -> Counter:
         command = [sys.executable, "driver.py", *arguments]
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    started = time.monotonic()
     if start(*FLAGS, "--name", "peace").wait() != 0:
         raise RuntimeError("the run in peace failed")
-    duration = time.monotonic() - started
     peace = end_of(folder / "runs/peace")
     counts = Counter(kills=kills)
     for k in tqdm(range(kills), desc="kills"):
         run = folder / "runs" / f"killed{k}"
         process = start(*FLAGS, "--name", run.name)
-        try:
-            process.wait(dice.uniform(0, duration))
-            counts["after the end"] += 1
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            counts["inside a write"] += any(run.glob(f".*{checkpoint.SCRATCH}"))
+        for _ in range(dice.randint(0, 15)):  # saves; there are 22
+            wait_for_save(run / "last.pt", process)
+        time.sleep(dice.uniform(0, 0.3 if run.exists() else 5))
+        process.send_signal(signal.SIGKILL)
+        counts["ended before"] += process.wait() != -signal.SIGKILL
+        counts["inside a write"] += any(run.glob(f".*{checkpoint.SCRATCH}"))
         saved = (run / "last.pt").exists()
         counts["before the first save"] += not saved
-        arguments = ("--resume", f"runs/{run.name}") if saved else (*FLAGS, "--name", run.name, "--overwrite")
-        counts["resumed"] += start(*arguments).wait() == 0
-        counts["identical at the end"] += same(end_of(run), peace)
+        again = start(*(("--resume", f"runs/{run.name}") if saved else (*FLAGS, "--name", run.name)))
+        counts["resumed" if saved else "begun anew"] += again.wait() == 0
+        with contextlib.suppress(checkpoint.CheckpointError, OSError):
+            counts["identical at the end"] += same(end_of(run), peace)
         shutil.rmtree(run)
     return counts
+
+
+def wait_for_save(path: Path, process: subprocess.Popen) -> None:
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
+        time.sleep(0.001)
 
 
 def end_of(run: Path) -> dict:
     state = checkpoint.load(run / "last.pt")
     state["result"]["history"].pop("seconds")
-    return {"model": state["model"], "history": state["result"]["history"]}
+    shipped = torch.load(run / "model.pt", weights_only=True)
+    return {"model": state["model"], "shipped": shipped, "history": state["result"]["history"]}
 
 
 def same(a: dict, b: dict) -> bool:
-    weights = all(torch.equal(a["model"][key], b["model"][key]) for key in b["model"])
-    return weights and a["history"] == b["history"]
+    weights = (torch.equal(a[file][key], b[file][key]) for file in ("model", "shipped") for key in b[file])
+    return all(weights) and a["history"] == b["history"]
 
 
 def corrupt(corruptions: int, folder: Path, dice: random.Random) -> Counter:
