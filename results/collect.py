@@ -18,15 +18,13 @@ RESULTS = Path(__file__).parent
 REPOSITORY = RESULTS.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from config import Config  # noqa: E402
-
-FREE = ("seed", "name", "data_dir", "workers")  # settings in which the runs behind one mean may differ
+from config import FREE, Config  # noqa: E402
 
 
 def is_default(run: dict) -> bool:
-    """Whether a run has the default settings, but for seed, name, folder and workers, and all its epochs."""
+    """Whether a run has the default settings, but for the seed and those that change nothing, and all its epochs."""
     default = json.loads(json.dumps(dataclasses.asdict(Config())))
-    same = all(run["config"].get(field) == value for field, value in default.items() if field not in FREE)
+    same = all(run["config"].get(field) == value for field, value in default.items() if field not in (*FREE, "seed"))
     return same and len(run["history"]["epoch"]) == default["epochs"]
 
 

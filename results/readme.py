@@ -18,8 +18,7 @@ RESULTS = Path(__file__).parent
 REPOSITORY = RESULTS.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from collect import FREE  # noqa: E402
-
+from config import FREE  # noqa: E402
 from model import Net  # noqa: E402
 from utils import ORIGINAL_ACCURACY, plot_curves  # noqa: E402
 
@@ -29,7 +28,7 @@ def saved_runs() -> list[dict]:
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cifar10-seed*.json"))]
     for run in runs:
         for field, value in run["config"].items():
-            if field not in FREE and value != runs[0]["config"][field]:
+            if field not in (*FREE, "seed") and value != runs[0]["config"][field]:
                 raise ValueError(f"the saved runs differ in {field}, so their mean would mean nothing")
     return runs
 

@@ -43,7 +43,7 @@ def test_runs_top_to_bottom_on_the_tiny_data(notebook, tiny, tmp_path, monkeypat
     parameters.source = (
         "from torchvision import datasets\n"
         f"for name, value in {expectations}.items():\n    setattr(datasets.CIFAR10, name, value)\n"
-        f"data, data_dir, epochs, batch_size, seed = 'cifar10', {str(tiny.root)!r}, 1, 50, 0"
+        f"data, data_dir, epochs, batch_size, seed, resume = 'cifar10', {str(tiny.root)!r}, 1, 50, 0, None"
     )
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]

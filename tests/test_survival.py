@@ -78,7 +78,7 @@ def uninterrupted(tmp_path_factory, tiny) -> tuple[Tensor, dict]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("step", "workers"), [(1, 0), (2, 2), (4, 0), (6, 1), (11, 0)])  # 4 steps an epoch
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (4, 1), (6, 2), (11, 0)])  # 4 steps an epoch
 def test_a_stopped_run_goes_on_bit_for_bit(uninterrupted, step, workers, number):
     with pytest.raises(StoppedError, match=r"--resume runs.quick") as stopped:
         fit(quick(workers=workers), signal_at(small_network(), step, number))
@@ -218,7 +218,7 @@ def test_results_that_could_not_be_written_are_written_when_resumed(monkeypatch)
 def test_two_processes_do_not_write_to_one_folder(driver):
     fit(quick(epochs=1), small_network())
     held = checkpoint.lock(Path("runs/quick"), "")
-    for flags in (["--resume", "runs/quick"], ["--name", "quick", "--overwrite"]):
+    for flags in (["--resume", "runs/quick"], ["--name", "quick", "--overwrite", "--batch-size", "64"]):
         run = subprocess.run([sys.executable, driver(), *flags], capture_output=True, text=True, check=False)
         assert run.returncode == 1
         assert "another process is writing to runs" in run.stderr
