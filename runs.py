@@ -111,7 +111,7 @@ class Run:
             if self.epochs:
                 self._write_results()  # whoever was killed may have had no time for them
         else:
-            self.folder = distributed.from_rank_0(lambda: _free_folder(config))
+            self.folder = distributed.from_rank_0(lambda: free_folder(config))
             distributed.from_rank_0(self._take_possession)
 
     @property
@@ -208,6 +208,7 @@ class Run:
 
     def _take_possession(self) -> None:
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = checkpoint.lock(self.folder, distributed.launch())
             checkpoint.remove_scratch(self.folder)
             for name in FILES if self.config.overwrite else ():
@@ -263,18 +264,15 @@ def after_restart(config: Config) -> Config:
     return dataclasses.replace(config, resume=str(folder) if saved else None, overwrite=not saved)
 
 
-def _free_folder(config: Config) -> Path:
-    """A folder under runs/ for a new run, which may hold another one only if `config.overwrite` says so."""
+def free_folder(config: Config) -> Path:
+    """Where a new run goes under runs/; refused if that holds another one, unless `config.overwrite` says so."""
     name = config.name or f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not config.overwrite and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise SettingError(
-                f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), or choose another"
-            )
-    except OSError as error:
-        raise SettingError(f"name: cannot write to {folder}: {error}") from error
+    taken = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if taken and not config.overwrite:
+        raise SettingError(
+            f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), or choose another"
+        )
     return folder
 
 

@@ -33,6 +33,7 @@ from runs import (
     UnsavedError,
     after_restart,
     failure_of_the_machine,
+    free_folder,
 )
 from storage import DataError, prepare
 
@@ -206,6 +207,8 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
 
 
 def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bool | None) -> dict[str, list[float]]:
+    if not config.resume:
+        distributed.from_rank_0(lambda: free_folder(config))  # refused now, and not after a long download
     torch.manual_seed(config.seed)
     model = Net() if model is None else model
     if distributed.rank():

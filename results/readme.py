@@ -79,13 +79,38 @@ def multiply_adds() -> int:
     return counter.get_total_flops() // 2
 
 
+def survival() -> str:
+    """What benchmarks/survival.py counted when it last ran."""
+    result = json.loads((REPOSITORY / "benchmarks/survival.json").read_text())
+    kills, corruptions = result["kills"], result["corruptions"]
+    inside = f"{kills.get('inside a write', 0)} of them inside the writing of a checkpoint"
+    anew = f"{kills.get('begun anew', 0)} killed before the first save and begun anew"
+    refused = sum(count for outcome, count in corruptions.items() if outcome.startswith("refused"))
+    accepted, other = corruptions.get("accepted", 0), corruptions.get("another error", 0)
+    rows = (
+        ("harm", "times", "outcome"),
+        ("---",) * 3,
+        (
+            f"SIGKILL at a random instant, {inside}, then resumed ({anew})",
+            f"{kills['kills']}",
+            f"{kills.get('identical at the end', 0)} ended with the weights and metrics of a run left in peace",
+        ),
+        (
+            "bits flipped, ends cut off, pieces swapped in batch files, archive and checkpoint",
+            f"{corruptions['corruptions']:,}",
+            f"{refused:,} refused with a clear error, {accepted} accepted, {other} ended in another error",
+        ),
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def mean(runs: list[dict], quantity: str) -> str:
     return f"{statistics.fmean(run['history'][quantity][-1] for run in runs):.2f}"
 
 
 def with_numbers(text: str, runs: list[dict]) -> str:
     """The README with the parts between its `<!-- name -->` and `<!-- /name -->` written anew."""
-    for name, part in (("summary", summary(runs)), ("table", table(runs))):
+    for name, part in (("summary", summary(runs)), ("table", table(runs)), ("survival", survival())):
         before, rest = text.split(f"<!-- {name} -->\n")
         after = rest.split(f"\n<!-- /{name} -->")[1]
         text = f"{before}<!-- {name} -->\n{part}\n<!-- /{name} -->{after}"

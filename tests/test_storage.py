@@ -5,6 +5,7 @@ import http.server
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,13 @@ def test_a_full_disk_is_not_taken_for_a_missing_network(nowhere, monkeypatch):
         prepare()
     assert not isinstance(error.value, DataUnreachableError)
     assert not nowhere.exists()
+
+
+def test_two_that_download_at_once_do_not_disturb_each_other(nowhere, mirror):
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: prepare(), range(4))) == [nowhere] * 4
+    assert os.listdir(nowhere) == [FOLDER]
+    assert len(load_cifar10(train=True)[1]) == TRAIN_COUNT
 
 
 def test_an_interrupt_leaves_nothing(nowhere, mirror, monkeypatch):
