@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import checkpoint
+import distributed
+from config import Config, SettingError
 from dataset import EpochSampler
+from runs import after_restart
+from train import make_loaders
 
 # Of 200 images 149 are trained on: three batches of 48, one of 5. Neither 5 nor 51 can be halved.
 FLAGS = ["--epochs", "2", "--batch-size", "48", "--holdout", "51", "--workers", "0", "--precision", "fp32"]
@@ -127,9 +131,29 @@ def test_together_the_processes_meet_every_image_once_and_in_the_same_batches():
         assert sorted(batch) == sorted(whole[start : start + 30])
 
 
-def test_what_the_processes_cannot_share_is_refused(driver):
-    run = torchrun(driver(), "--epochs", "1", "--batch-size", "25", "--name", "odd")
-    assert run.returncode != 0
-    assert "batch_size must be a multiple of the 2 processes" in run.stderr
-    run = torchrun("--max-restarts=1", driver(), "--epochs", "1")
-    assert "with --max-restarts, a run needs a --name" in run.stderr
+@pytest.mark.parametrize("batch_size", [25, 66, 199])  # odd; 2 images too many for three; 1 for two
+def test_what_the_processes_cannot_share_is_refused(batch_size, monkeypatch):
+    ranks = 3 if batch_size == 66 else 2
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    with pytest.raises(SettingError, match=f"batch_size must be a multiple of the {ranks} processes"):
+        make_loaders(Config(batch_size=batch_size))
+
+
+def test_a_restart_goes_on_with_the_run_of_its_own_launch_only(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SettingError, match="with --max-restarts, a run needs a --name"):
+        after_restart(Config(name="a"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    with pytest.raises(SettingError, match="with --max-restarts, a run needs a --name"):
+        after_restart(Config())
+    config = Config(name="a")
+    assert after_restart(config) == config  # the first start
+    Path("runs/a").mkdir(parents=True)
+    checkpoint.lock(Path("runs/a"), "one").close()
+    assert after_restart(config) == Config(name="a", overwrite=True)  # died before the first save
+    Path("runs/a/last.pt").touch()
+    assert after_restart(config).resume == "runs/a"
+    assert after_restart(Config(name="a", overwrite=True)) == Config(name="a", resume="runs/a")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert after_restart(config) == config  # which is then refused, because the folder holds a run

@@ -215,14 +215,19 @@ def test_results_that_could_not_be_written_are_written_when_resumed(monkeypatch)
 
 
 @pytest.mark.skipif(not checkpoint.fcntl, reason="Windows has no such lock")
-def test_two_processes_do_not_write_to_one_folder(driver):
+def test_two_processes_do_not_write_to_one_folder():
     fit(quick(epochs=1), small_network())
-    held = checkpoint.lock(Path("runs/quick"), "")
-    for flags in (["--resume", "runs/quick"], ["--name", "quick", "--overwrite", "--batch-size", "64"]):
-        run = subprocess.run([sys.executable, driver(), *flags], capture_output=True, text=True, check=False)
-        assert run.returncode == 1
-        assert "another process is writing to runs" in run.stderr
-    held.close()
+    hold = "import fcntl; file = open('runs/quick/.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    hold += "; print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    for config in (quick(epochs=1, resume="runs/quick"), quick(overwrite=True)):
+        with pytest.raises(SettingError, match="another process is writing to runs"):
+            fit(config, small_network())
+    assert files_of("quick") == sorted(FILES)
+    other.kill()
+    other.wait()
+    fit(quick(overwrite=True), small_network())
 
 
 def test_a_signal_to_all_processes_saves_too(driver):
@@ -348,7 +353,7 @@ def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver):
     def start(*arguments: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, driver(), *arguments], stdout=subprocess.DEVNULL)
 
-    assert start(*flags, "--name", "whole").wait() == 0
+    fit(Config(name="whole", epochs=3, batch_size=20, precision="fp32"))
     dice, arguments, last = random.Random(0), [*flags, "--name", "killed"], Path("runs/killed/last.pt")
     for _ in range(3):
         process = start(*arguments)
