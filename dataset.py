@@ -228,6 +228,12 @@ def make_loader(
     )
 
 
+def end_workers(loader: DataLoader) -> None:
+    """Ends the processes of a loader now. An exception would keep them, and ending them later can take a minute."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+
+
 def _start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes, but for the training one to answer
         signal.signal(number, signal.SIG_IGN)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 import distributed
 from checkpoint import CheckpointError, StopRequest, stop_requests
 from config import Config, Runtime, SettingError, choose_runtime, parse_args
-from dataset import CIFAR10, make_loader
+from dataset import CIFAR10, end_workers, make_loader
 from model import Net
 from optim import recipe_optimizer
 from runs import (
@@ -238,6 +238,8 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
         if cause := failure_of_the_machine(error):
             raise MachineError(f"{cause}\n{run.how_to_go_on()}") from error
         raise
+    finally:
+        end_workers(train_loader)
     run.close()
     return run.history
 
