@@ -112,7 +112,7 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
     for layer in layers:
         layer.forward = types.MethodType(_whole_batch_norm, layer)
     try:
-        yield DistributedDataParallel(model, broadcast_buffers=False)
+        yield DistributedDataParallel(model, forward_sync_buffers=False)
     finally:
         for layer in layers:
             del layer.forward
