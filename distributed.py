@@ -42,6 +42,20 @@ def can_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
+def _start() -> str:
+    """A name for this start of the processes, so that they do not find the addresses of those that died before.
+
+    torchrun keeps one store for all starts (github.com/pytorch/pytorch/issues/135712). It counts the starts, but on
+    each machine for itself, so several machines need a store for every start.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if can_restart() and shared and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise SettingError(
+            "--max-restarts on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on all of them"
+        )
+    return f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}" if shared else "start"
+
+
 @contextlib.contextmanager
 def process_group(device_type: str) -> Iterator[None]:
     """Joins the other processes that torchrun started, by NCCL on GPUs and gloo elsewhere, until the `with` ends."""
@@ -52,7 +66,11 @@ def process_group(device_type: str) -> Iterator[None]:
         raise SettingError(f"device {device_type} cannot train in several processes; choose cpu or cuda")
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    start = _start()
+    store, number, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(start, store)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=10))
     try:
         yield
     finally:

@@ -60,6 +60,8 @@ def failure_of_the_machine(error: BaseException) -> str | None:
         return "memory ran out: end other programs, or begin a new run with a smaller batch_size"
     if "DataLoader worker (pid" in text:
         return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
+    if distributed.world_size() > 1 and "by peer" in text:  # gloo: closed or reset
+        return "another process of this run died"
     return None
 
 

@@ -37,12 +37,25 @@ def history_of(name: str) -> dict[str, list]:
     return {column: values for column, values in history.items() if column != "seconds"}
 
 
-def test_two_processes_learn_what_one_learns(driver):
+KILLED_ONCE = """
+import runs
+finish_epoch = runs.Run.finish_epoch
+def finish_and_die(self, row):
+    finish_epoch(self, row)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+runs.Run.finish_epoch = finish_and_die
+"""
+
+
+def test_two_processes_learn_what_one_learns_though_one_is_killed_and_started_anew(driver):
     script = driver(SMALL_NETWORK)
     one = subprocess.run([sys.executable, script, *FLAGS, "--name", "one"], capture_output=True, text=True, check=False)
     assert one.returncode == 0, one.stderr
-    two = torchrun(script, *FLAGS, "--name", "two")
+    two = torchrun("--max-restarts=1", driver(SMALL_NETWORK + KILLED_ONCE), *FLAGS, "--name", "two")
     assert two.returncode == 0, two.stderr
+    assert "another process of this run died" in two.stderr
+    assert "going on after 1 epochs" in two.stdout
     assert two.stdout.count("epoch 2/2: train") == 1  # only one of them speaks
     assert "2 processes" in two.stdout
     for column, values in history_of("one").items():
@@ -52,6 +65,15 @@ def test_two_processes_learn_what_one_learns(driver):
             assert history_of("two")[column] == pytest.approx(values, abs=4), column  # two images of 51
         else:
             assert history_of("two")[column] == values, column
+
+
+def test_several_machines_cannot_restart_with_one_store_for_all_starts(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(SettingError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), distributed.process_group("cpu"):
+        pass
 
 
 WHOLE_BATCH_NORM = """

@@ -262,7 +262,7 @@ def test_a_worker_that_dies_is_named_and_the_run_goes_on(uninterrupted):
     def kill_worker(module: nn.Module, inputs: object, output: object) -> None:
         nonlocal steps
         steps += module.training
-        if steps == 6:
+        if steps == 5:  # the last batch of the epoch is not yet asked for
             for process in multiprocessing.active_children():
                 process.kill()
 
@@ -348,16 +348,16 @@ def test_what_a_killed_process_left_half_written_is_cleaned_up():
 
 def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver):
     """As benchmarks/survival.py does it 50 times: SIGKILL at random, with a save after every step."""
-    flags = f"--epochs 3 --batch-size 20 --workers 1 --precision fp32 --save-minutes 0 --data-dir {tiny.root}".split()
+    flags = f"--epochs 2 --batch-size 40 --workers 1 --precision fp32 --save-minutes 0 --data-dir {tiny.root}".split()
 
     def start(*arguments: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, driver(), *arguments], stdout=subprocess.DEVNULL)
 
-    fit(Config(name="whole", epochs=3, batch_size=20, precision="fp32"))
+    fit(Config(name="whole", epochs=2, batch_size=40, precision="fp32"))
     dice, arguments, last = random.Random(0), [*flags, "--name", "killed"], Path("runs/killed/last.pt")
     for _ in range(3):
         process = start(*arguments)
-        for _ in range(dice.randint(1, 4)):
+        for _ in range(dice.randint(1, 2)):
             before = last.stat().st_mtime_ns if last.exists() else 0
             while not last.exists() or last.stat().st_mtime_ns == before:
                 assert process.poll() is None
