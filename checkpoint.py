@@ -1,6 +1,7 @@
 """Files that survive: written whole or not at all, checked before they are believed, and a way to stop in peace."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import math
@@ -69,7 +70,7 @@ def lock(folder: Path, launch: str) -> io.TextIOBase:
     """Marks the folder as written to by this process until it ends, and notes its launch, see `launch_of`.
 
     The system frees the lock when the process dies, however it dies; data-loading workers do not inherit it. Windows
-    has no such lock, so there nothing is refused.
+    and some network file systems have no such lock, so there nothing is refused.
 
     Returns:
         The open file, which holds the lock.
@@ -82,8 +83,9 @@ def lock(folder: Path, launch: str) -> io.TextIOBase:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.close()
-        raise BlockingIOError(f"another process is writing to {folder}") from error
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.close()
+            raise BlockingIOError(f"another process is writing to {folder}") from error
     file.truncate(0)
     file.write(launch)
     file.flush()
@@ -98,12 +100,17 @@ def launch_of(folder: Path) -> str | None:
         return None
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Saves tensors, numbers, strings, lists and dicts as `torch.save` does, followed by the sha256 of it all."""
+def packed(state: dict[str, Any]) -> bytes:
+    """Tensors, numbers, strings, lists and dicts as `torch.save` writes them, followed by the sha256 of it all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    write_whole(path, content + hashlib.sha256(content).digest())
+    return content + hashlib.sha256(content).digest()
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes `packed(state)` by `write_whole`."""
+    write_whole(path, packed(state))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """CIFAR-10 as a torch Dataset with Albumentations transforms, and the loaders that feed the training loop."""
 
+import contextlib
 import os
 import random
 import signal
@@ -231,7 +232,8 @@ def make_loader(
 def end_workers(loader: DataLoader) -> None:
     """Ends the processes of a loader now. An exception would keep them, and ending them later can take a minute."""
     if loader._iterator is not None:
-        loader._iterator._shutdown_workers()
+        with contextlib.suppress(RuntimeError):  # of one that was killed
+            loader._iterator._shutdown_workers()
 
 
 def _start_worker(worker: int) -> None:

@@ -70,7 +70,9 @@ def process_group(device_type: str) -> Iterator[None]:
     store, number, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(start, store)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=10))
+    dist.init_process_group(
+        backend, store=store, rank=number, world_size=count, timeout=timedelta(hours=1)
+    )  # a download may take long
     try:
         yield
     finally:
@@ -111,10 +113,18 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 
 def first_on_each_machine(make: Callable[[], object]) -> None:
-    """Lets one process of each machine do what the others then find done."""
-    if world_size() > 1 and int(os.environ["LOCAL_RANK"]) == 0:
-        make()
-    largest(0)  # all wait here for one another
+    """Lets one process of each machine do what the others then find done; what it raises is raised by all."""
+    if world_size() == 1:
+        return
+    error, errors = None, [None] * world_size()
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        try:
+            make()
+        except Exception as failure:
+            error = failure
+    dist.all_gather_object(errors, error)  # all wait here for one another
+    for error in filter(None, errors):
+        raise error
 
 
 @contextlib.contextmanager
@@ -155,7 +165,7 @@ def _whole_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
     dims, channels = [0, *range(2, x.ndim)], x.shape[1]
     shape = [1, channels, *[1] * (x.ndim - 2)]
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    origin = torch.zeros_like(values[0, 0]).mean() if layer.running_mean is None else layer.running_mean.clone()
+    origin = values.new_zeros(1) if layer.running_mean is None else layer.running_mean.clone()
     near = values - origin.view(-1, *shape[2:])  # so that the difference of squares below loses no digits
     count = values.new_tensor([values.numel() / channels])
     sums = _AddUp.apply(torch.cat([near.sum(dims), near.square().sum(dims), count]))

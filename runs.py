@@ -44,9 +44,9 @@ class StoppedError(RuntimeError):
     def __init__(self, run: "Run", number: int) -> None:
         self.signal = number
         where = f"saved after {run.epochs} epochs and {run.meter.steps} steps"
-        super().__init__(
-            f"stopped, {'not saved: the last save that worked counts' if run.error else where}\n{run.how_to_go_on()}"
-        )
+        if "last.pt" in run.errors:
+            where = "not saved: the last save that worked counts"
+        super().__init__(f"stopped, {where}\n{run.how_to_go_on()}")
 
 
 class MachineError(RuntimeError):
@@ -58,9 +58,9 @@ def failure_of_the_machine(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "memory ran out: end other programs, or begin a new run with a smaller batch_size"
-    if "DataLoader worker (pid" in text:
+    if isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in text:
         return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
-    if distributed.world_size() > 1 and "by peer" in text:  # gloo: closed or reset
+    if distributed.world_size() > 1 and ("by peer" in text or "Broken pipe" in text):  # gloo: closed or reset
         return "another process of this run died"
     return None
 
@@ -91,8 +91,8 @@ class Run:
     ) -> None:
         self.config, self.started, self.saved_at = config, time.perf_counter(), time.perf_counter()
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.meter = Meter(torch.zeros(2, device=runtime.device))
-        self.error: OSError | None = None  # why the last save failed
+        self.meter, self.lock = Meter(torch.zeros(2, device=runtime.device)), None
+        self.errors: dict[str, OSError] = {}  # why the last writing of a file failed
         self.result: dict[str, Any] = {
             "data": config.data,
             "network": type(model).__name__,
@@ -107,9 +107,12 @@ class Run:
         }
         if config.resume:
             self.folder = Path(config.resume)
-            state = distributed.from_rank_0(lambda: checkpoint.load(self.folder / "last.pt"))
-            distributed.from_rank_0(self._take_possession)
-            self._take_up(state)
+            distributed.from_rank_0(self._take_possession)  # before it is read, for another may be about to save
+            try:
+                self._take_up(distributed.from_rank_0(lambda: checkpoint.load(self.folder / "last.pt")))
+            except (SettingError, CheckpointError):
+                self.release()
+                raise
             if self.epochs:
                 self._write_results()  # whoever was killed may have had no time for them
         else:
@@ -134,6 +137,8 @@ class Run:
         if not (self.folder / "last.pt").exists():
             return "nothing was saved yet: begin anew"
         folder = self.folder.as_posix()
+        if distributed.launch():
+            return f"go on with the same torchrun command, but for train.py --resume {folder}"
         return f'go on with\n  python train.py --resume {folder}\nor, in the notebook, with resume = "{folder}"'
 
     def is_due(self) -> bool:
@@ -158,10 +163,15 @@ class Run:
         self._write("curves.png", picture.getvalue())
         self._write("model.pt", weights.getvalue())
 
-    def close(self) -> None:
-        """Raises UnsavedError if the last save failed."""
-        if self.error:
-            raise UnsavedError(f"training ended, but could not be saved in {self.folder}: {self.error}", self.history)
+    def check(self) -> None:
+        """Raises UnsavedError if a file is not as it should be at the end."""
+        for name, error in self.errors.items():
+            raise UnsavedError(f"training ended, but {self.folder / name} could not be written: {error}", self.history)
+
+    def release(self) -> None:
+        """Lets others write to the folder, now and not when the last traceback that knows this run is forgotten."""
+        if self.lock:
+            self.lock.close()
 
     def save(self) -> None:
         """Writes last.pt, on rank 0.
@@ -187,36 +197,35 @@ class Run:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
-        self.error = None
-        try:
-            checkpoint.save(self.folder / "last.pt", state)
-        except OSError as error:
-            self._complain("last.pt", error)
+        self._write("last.pt", checkpoint.packed(state))
 
     def _write(self, name: str, content: bytes) -> None:
+        self.errors.pop(name, None)
         try:
             checkpoint.write_whole(self.folder / name, content)
         except OSError as error:
-            self._complain(name, error)
-
-    def _complain(self, name: str, error: OSError) -> None:
-        self.error = error
-        print(
-            f"warning: cannot write {self.folder / name}: {error.strerror or error}. What was saved before is kept, "
-            "training goes on, and the next save is tried. Make room or give back the rights to the folder.",
-            file=sys.stderr,
-            flush=True,
-        )
+            self.errors[name] = error
+            print(
+                f"warning: cannot write {self.folder / name}: {error.strerror or error}. What was saved before is "
+                "kept, training goes on, and the next save is tried. Make room or give back the rights to the folder.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _take_possession(self) -> None:
+        field = "resume" if self.config.resume else "name"
+        if self.config.resume and not self.folder.is_dir():
+            raise CheckpointError(f"there is no run to resume in {self.folder}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = checkpoint.lock(self.folder, distributed.launch())
             checkpoint.remove_scratch(self.folder)
             for name in FILES if self.config.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
+        except BlockingIOError as error:
+            raise SettingError(f"{field}: {error}") from error
         except OSError as error:
-            raise SettingError(f"name: cannot write to {self.folder}: {error}") from error
+            raise SettingError(f"{field}: cannot write to {self.folder}: {error}") from error
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Puts everything back as it was when `state` was saved."""
@@ -226,9 +235,10 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            torch.set_rng_state(state["random"])
-            if torch.cuda.is_available() and state["cuda_random"] is not None:
-                torch.cuda.set_rng_state(state["cuda_random"])
+            if distributed.rank() == 0:  # the others would all have the dropout of this one
+                torch.set_rng_state(state["random"])
+                if torch.cuda.is_available() and state["cuda_random"] is not None:
+                    torch.cuda.set_rng_state(state["cuda_random"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, SettingError):
                 raise
@@ -251,19 +261,20 @@ class Run:
 
 def after_restart(config: Config) -> Config:
     """The settings with which to go on if torchrun has started all processes anew because one of them died."""
-    if not distributed.can_restart():
+    if config.resume or not distributed.can_restart():
         return config
-    if not (config.name or config.resume) or distributed.launch() == "none":
+    if not config.name or distributed.launch() == "none":
         raise SettingError(
             "name: with --max-restarts, a run needs a --name by which it is found again, and torchrun a --rdzv-id "
             "(--standalone makes one)"
         )
-    folder = Path("runs") / (config.name or "")
-    ours = distributed.from_rank_0(lambda: checkpoint.launch_of(folder) == distributed.launch())
-    if config.resume or not ours:
-        return config
-    saved = distributed.from_rank_0(lambda: (folder / "last.pt").exists())
-    return dataclasses.replace(config, resume=str(folder) if saved else None, overwrite=not saved)
+    folder = Path("runs") / config.name
+
+    def look() -> tuple[bool, bool]:
+        return checkpoint.launch_of(folder) == distributed.launch(), (folder / "last.pt").exists()
+
+    ours, saved = distributed.from_rank_0(look)
+    return dataclasses.replace(config, resume=str(folder) if saved else None, overwrite=not saved) if ours else config
 
 
 def free_folder(config: Config) -> Path:

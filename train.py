@@ -234,13 +234,14 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
     try:
         with stop_requests() as request, distributed.parallel(model) as network:
             _run_epochs(run, network, train_loader, test_loader, runtime, request, progress)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         if cause := failure_of_the_machine(error):
             raise MachineError(f"{cause}\n{run.how_to_go_on()}") from error
         raise
     finally:
+        run.release()
         end_workers(train_loader)
-    run.close()
+    run.check()
     return run.history
 
 
@@ -332,7 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped at once; `--resume` goes on from the last save in runs/", file=sys.stderr)
+        if first:
+            print("\nstopped at once; what was saved before is in runs/, and --resume goes on from it", file=sys.stderr)
         return 130
     return 0
 

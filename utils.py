@@ -49,7 +49,7 @@ def plot_curves(history: dict[str, list]) -> Figure:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     loss.legend(frameon=False)
-    accuracy.legend(frameon=False, loc="lower right")
+    accuracy.legend(loc="lower right", framealpha=1, edgecolor="none")
     if synthetic:
         figure.suptitle("synthetic stand-in, not CIFAR-10")
     plt.close(figure)

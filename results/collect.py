@@ -25,7 +25,8 @@ def is_default(run: dict) -> bool:
     """Whether a run has the default settings, but for the seed and those that change nothing, and all its epochs."""
     default = json.loads(json.dumps(dataclasses.asdict(Config())))
     same = all(run["config"].get(field) == value for field, value in default.items() if field not in (*FREE, "seed"))
-    return same and len(run["history"]["epoch"]) == default["epochs"]
+    epochs, rates = default["epochs"], run["history"]["lr"]  # those of a run made longer afterwards are others
+    return same and rates == [default["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
 
 
 def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

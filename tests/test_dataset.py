@@ -20,6 +20,7 @@ from dataset import (
     make_loader,
     train_transform,
 )
+from storage import SYNTHETIC_COUNTS
 
 
 def epoch_of(loader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +74,7 @@ def test_is_a_sequence_with_an_end():
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4:UserWarning")
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [2, 4])
 def test_augmentation_does_not_depend_on_the_number_of_workers(workers):
     here, there = training_loader(0), training_loader(workers)
     for _ in range(2):
@@ -83,7 +84,7 @@ def test_augmentation_does_not_depend_on_the_number_of_workers(workers):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_of_both_kinds_give_the_same(context):
-    loader = training_loader(2)
+    loader = training_loader(1)
     loader.multiprocessing_context = context
     assert torch.equal(epoch_of(loader)[0], epoch_of(training_loader(0))[0])
 
@@ -174,11 +175,13 @@ def test_unknown_data_is_refused():
         CIFAR10(data="imagenet")
 
 
-def test_the_stand_in_has_the_shapes_of_cifar10_and_cannot_pass_for_it():
+def test_the_stand_in_has_the_shapes_of_cifar10_and_cannot_pass_for_it(monkeypatch):
+    assert SYNTHETIC_COUNTS == {True: 50_000, False: 10_000}
+    monkeypatch.setitem(SYNTHETIC_COUNTS, True, 2000)
     dataset = CIFAR10(data="synthetic")
-    assert dataset.images.shape == (50_000, 32, 32, 3)
+    assert dataset.images.shape == (2000, 32, 32, 3)
     assert dataset.images.dtype == torch.uint8
-    assert dataset.labels.bincount().tolist() == [5000] * 10
+    assert dataset.labels.bincount().tolist() == [200] * 10
     assert all("synthetic" in name for name in dataset.classes)
     assert len(CIFAR10(train=False, data="synthetic")) == 10_000
 

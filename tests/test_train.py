@@ -104,14 +104,6 @@ def test_the_rate_falls_linearly_to_zero():
     assert fit(quick(epochs=4), small_network())["lr"] == pytest.approx([0.16, 0.12, 0.08, 0.04])
 
 
-def test_a_run_is_not_overwritten():
-    fit(quick(epochs=1), small_network())
-    before = Path("runs/quick/metrics.json").read_bytes()
-    with pytest.raises(SettingError, match="holds a run already"):
-        fit(quick(epochs=1), small_network())
-    assert Path("runs/quick/metrics.json").read_bytes() == before
-
-
 def test_holdout_keeps_training_images_apart_and_the_test_set_out():
     train_loader, test_loader = make_loaders(quick(holdout=50))
     assert (len(train_loader.dataset), len(test_loader.dataset)) == (150, 50)
