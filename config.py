@@ -38,7 +38,7 @@ class Config:
     name: str | None = setting(None, "results go to runs/NAME, which must be new (default: data, seed and time)")
     epochs: int = setting(12, "passes over the training set; the learning rate falls linearly to 0 over all of them")
     batch_size: int = setting(500, "images per step")
-    lr: float = setting(0.16, "learning rate of the filters at the start; the other rates are in proportion to it")
+    lr: float = setting(0.12, "learning rate of the filters at the start; the other rates are in proportion to it")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes")
     augment: tuple[str, ...] = setting(DEFAULT_AUGMENT, "augmentations, in any number", AUGMENTATIONS)
     holdout: int = setting(0, "test on this many training images, kept out of training, instead of the test set")

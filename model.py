@@ -101,8 +101,8 @@ def conv_bn(
 
     Pooling comes before BatchNorm so that the rest handles a quarter of the numbers. Dense 3x3 filters
     start as the identity on as many channels as there are (Zagoruyko & Komodakis, "DiracNets", 2017), so
-    the deep network begins as a shallow one. BatchNorm's running statistics have momentum 0.4: weights move
-    fast, and old statistics would describe another network.
+    the deep network begins as a shallow one. BatchNorm's running statistics have PyTorch's momentum of 0.1,
+    an average over the last ten batches or so.
     """
     if padding is None:
         padding = dilation * (kernel_size // 2)
@@ -114,7 +114,7 @@ def conv_bn(
     layers = OrderedDict(conv=conv)
     if pool:
         layers["pool"] = nn.MaxPool2d(2)
-    layers["bn"] = nn.BatchNorm2d(out_channels, momentum=0.4)
+    layers["bn"] = nn.BatchNorm2d(out_channels)
     if activation:
         layers["act"] = nn.GELU()
     return nn.Sequential(layers)

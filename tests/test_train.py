@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 
 def test_the_rate_falls_linearly_to_zero():
-    assert fit(quick(epochs=4), small_network())["lr"] == pytest.approx([0.16, 0.12, 0.08, 0.04])
+    assert fit(quick(epochs=4), small_network())["lr"] == pytest.approx([0.12, 0.09, 0.06, 0.03])
 
 
 def test_holdout_keeps_training_images_apart_and_the_test_set_out():
