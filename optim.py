@@ -18,7 +18,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: Parameters or groups, as for every torch optimizer.
-        lr: Step length: relative to the filters' norm for Muon, in units of the parameter for Adam.
+        lr: Step length: for Muon, of each direction, which says how far filters turn if they are rescaled; for Adam, in
+            units of the parameter.
         momentum: Share of the past gradients that Muon keeps, 0 to 1.
         betas: Shares of the past gradients and of their squares that Adam keeps, 0 to 1.
         eps: Keeps Adam from dividing by zero.
@@ -74,10 +75,11 @@ def _adam_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) ->
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Nearly the orthogonal matrix nearest to `matrix` (M, N): the same singular vectors, singular values near 1.
+    """Nearly the orthogonal matrix nearest to `matrix` (M, N): the same singular vectors, singular values about 1.
 
     Three Newton-Schulz steps in bf16, with the coefficients of K. Jordan's Muon, chosen for the steepest rise from 0.
-    Directions with less than a hundredth of the norm stay short: in the gradient of a small batch they are noise.
+    They bring singular values to 0.7 to 1.2, but for those below a hundredth of the norm, which stay short: in the
+    gradient of a small batch they are noise.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16()
@@ -96,7 +98,7 @@ def recipe_optimizer(model: nn.Module, lr: float = 0.12) -> Muon:
     Dense filters of at least 32 weights go to Muon at `lr`. Everything else goes to Adam, biases at lr / 6 and the rest
     (smaller and depthwise filters, BatchNorm's gains, linear layers) at lr / 12; its betas and eps are those that K.
     Jordan pairs with Muon. Filters are rescaled where the network has BatchNorm at all, taken to stand behind every
-    dense convolution.
+    dense convolution; where it does not, pretrained filters would lose their scale.
     """
     filters, biases, rest = [], [], []
     for name, parameter in model.named_parameters():
