@@ -48,7 +48,7 @@ def test_the_commands_shown_are_accepted():
 
 def test_the_make_targets_shown_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
-    for target in set(re.findall(r"`?make (\w+)", README)):
+    for target in set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
