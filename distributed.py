@@ -70,9 +70,8 @@ def process_group(device_type: str) -> Iterator[None]:
     store, number, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(start, store)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=number, world_size=count, timeout=timedelta(hours=1)
-    )  # a download may take long
+    wait = timedelta(hours=1)  # for one another; a download may take long
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=wait)
     try:
         yield
     finally:
@@ -100,12 +99,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
     """What `make()` returns on rank 0, given to all; what it raises there is raised by all."""
     if world_size() == 1:
         return make()
-    box: list = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = make()
-        except Exception as error:
-            box[1] = error
+    box = _outcome(make) if rank() == 0 else [None, None]
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
@@ -116,15 +110,19 @@ def first_on_each_machine(make: Callable[[], object]) -> None:
     """Lets one process of each machine do what the others then find done; what it raises is raised by all."""
     if world_size() == 1:
         return
-    error, errors = None, [None] * world_size()
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        try:
-            make()
-        except Exception as failure:
-            error = failure
+    error = _outcome(make)[1] if int(os.environ["LOCAL_RANK"]) == 0 else None
+    errors = [None] * world_size()
     dist.all_gather_object(errors, error)  # all wait here for one another
     for error in filter(None, errors):
         raise error
+
+
+def _outcome(make: Callable[[], object]) -> list:
+    """What `make()` returns, and what it raises; one of them is None."""
+    try:
+        return [make(), None]
+    except Exception as error:
+        return [None, error]
 
 
 @contextlib.contextmanager
