@@ -108,13 +108,8 @@ def packed(state: dict[str, Any]) -> bytes:
     return content + hashlib.sha256(content).digest()
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `packed(state)` by `write_whole`."""
-    write_whole(path, packed(state))
-
-
 def load(path: Path) -> dict[str, Any]:
-    """What `save` saved, on the CPU. Nothing is unpickled before the sha256 is right, and then only plain data.
+    """What `packed` made, on the CPU. Nothing is unpickled before the sha256 is right, and then only plain data.
 
     Raises:
         CheckpointError: The file is missing, truncated, altered, not a checkpoint, or holds more than plain data.

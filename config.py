@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import os
 import platform
@@ -180,6 +181,19 @@ def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = 
         bf16=gains if precision == "auto" else precision == "bf16",
         channels_last=device != "mps" if layout == "auto" else layout == "channels_last",
     )
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for the next step, which takes as much again; elsewhere does nothing.
+
+    By default it gives blocks of 32 MB and more back to the system at once, and the system hands them out again page by
+    page, each wiped first: on 2 cores a sixth of the training time. What is kept is at most what was in use at once.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def describe_hardware() -> str:

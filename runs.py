@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,60 +19,13 @@ import checkpoint
 import distributed
 from checkpoint import CheckpointError
 from config import FREE, Config, Runtime, SettingError, describe_hardware
+from engine import Meter
+from errors import NonFiniteLossError, UnsavedError
 from utils import plot_curves
 
 NOTED = ("runtime", "processes", "hardware", "versions")  # with others, a run may not go on bit for bit
 PACKAGES = ("torch", "torchvision", "albumentations", "albucore", "opencv-python-headless", "numpy")
 FILES = ("last.pt", "metrics.json", "curves.png", "model.pt")
-
-
-class UnsavedError(OSError):
-    """Training ended, but its result could not be written; `history` holds it, and the model is trained."""
-
-    def __init__(self, message: str, history: dict[str, list]) -> None:
-        super().__init__(message)
-        self.history = history
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss or a weight became infinite or NaN, so training on would be useless."""
-
-
-class StoppedError(RuntimeError):
-    """Training was asked to end before its time, by the signal of this number; the message says how to go on."""
-
-    def __init__(self, run: "Run", number: int) -> None:
-        self.signal = number
-        where = f"saved after {run.epochs} epochs and {run.meter.steps} steps"
-        if "last.pt" in run.errors:
-            where = "not saved: the last save that worked counts"
-        super().__init__(f"stopped, {where}\n{run.how_to_go_on()}")
-
-
-class MachineError(RuntimeError):
-    """The machine failed the run, not its settings; the message says how, and how to go on."""
-
-
-def failure_of_the_machine(error: BaseException) -> str | None:
-    """What happened and what may help, if the machine failed; None if the error is of another kind."""
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return "memory ran out: end other programs, or begin a new run with a smaller batch_size"
-    if isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in text:
-        return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
-    if distributed.world_size() > 1 and ("by peer" in text or "Broken pipe" in text):  # gloo: closed or reset
-        return "another process of this run died"
-    return None
-
-
-@dataclasses.dataclass
-class Meter:
-    """What an epoch has come to so far: batches and images met, seconds of training, and sums over the images."""
-
-    sums: Tensor  # (2,): of the loss in nats, and of the right answers
-    steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
 
 
 class Run:
@@ -140,6 +93,12 @@ class Run:
         if distributed.launch():
             return f"go on with the same torchrun command, but for train.py --resume {folder}"
         return f'go on with\n  python train.py --resume {folder}\nor, in the notebook, with resume = "{folder}"'
+
+    def how_it_stopped(self) -> str:
+        where = f"saved after {self.epochs} epochs and {self.meter.steps} steps"
+        if "last.pt" in self.errors:
+            where = "not saved: the last save that worked counts"
+        return f"stopped, {where}\n{self.how_to_go_on()}"
 
     def is_due(self) -> bool:
         """Whether `config.save_minutes` have passed since the last save."""

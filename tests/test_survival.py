@@ -22,7 +22,8 @@ import checkpoint
 import train
 from checkpoint import CheckpointError
 from config import Config, SettingError, parse_args
-from runs import FILES, MachineError, StoppedError, UnsavedError
+from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError
+from runs import FILES
 from train import fit
 
 
@@ -309,48 +310,10 @@ def test_broken_weights_do_not_replace_good_ones():
     fit(quick(epochs=2), model)
     model = small_network()
     model.register_forward_hook(poison)
-    with pytest.raises(train.NonFiniteLossError):
+    with pytest.raises(NonFiniteLossError):
         fit(quick(epochs=4, resume="runs/quick", save_minutes=0), model)
     state = checkpoint.load(Path("runs/quick/last.pt"))
     assert all(value.isfinite().all() for value in state["model"].values())
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "swap", "foreign", "html"])
-def test_damaged_checkpoints_are_refused_without_being_unpickled(damage, monkeypatch):
-    path, dice = Path("last.pt"), random.Random(damage)
-    checkpoint.save(path, {"weights": torch.randn(1000), "epoch": 3})
-    good = path.read_bytes()
-    assert torch.equal(checkpoint.load(path)["weights"], torch.load(path, weights_only=True)["weights"])
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled a damaged checkpoint"))
-    for _ in range(50):
-        bad = bytearray(good)
-        if damage == "flip":
-            bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
-        elif damage == "truncate":
-            del bad[dice.randrange(len(bad)) :]
-        elif damage == "swap":
-            i, j = sorted(dice.sample(range(0, len(bad) - 64), 2))
-            bad[i : i + 32], bad[j : j + 32] = bad[j : j + 32], bad[i : i + 32]
-        elif damage == "foreign":
-            bad = bytearray(dice.randbytes(500))
-        else:
-            bad = bytearray(b"" if damage == "empty" else b"<html>Not found</html>")
-        if bad == good:
-            continue
-        path.write_bytes(bad)
-        with pytest.raises(CheckpointError, match=r"last\.pt is truncated, altered or not a checkpoint"):
-            checkpoint.load(path)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path):
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return (Path.touch, (tmp_path / "executed",))
-
-    checkpoint.save(tmp_path / "last.pt", {"model": Evil()})
-    with pytest.raises(CheckpointError, match="something other than tensors"):
-        checkpoint.load(tmp_path / "last.pt")
-    assert not (tmp_path / "executed").exists()
 
 
 def test_what_a_killed_process_left_half_written_is_cleaned_up():

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import train
 from config import Config, Runtime, SettingError, choose_runtime
+from errors import NonFiniteLossError
 from model import Net
 from optim import Muon, orthogonalize, recipe_optimizer
-from train import NonFiniteLossError, evaluate, fit, make_loaders, predict, train_one_epoch
+from train import evaluate, fit, make_loaders, predict, train_one_epoch
 
 PLAIN = Runtime(torch.device("cpu"), bf16=False, channels_last=False)
 REPOSITORY = Path(__file__).parents[1]

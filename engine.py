@@ -1,0 +1,155 @@
+"""One pass over the data: `train_one_epoch`, `evaluate`, `predict`. They take any network and any loader."""
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import distributed
+from config import Runtime, choose_runtime
+from errors import NonFiniteLossError
+
+
+@dataclasses.dataclass
+class Meter:
+    """What an epoch has come to so far: batches and images met, seconds of training, and sums over the images."""
+
+    sums: Tensor  # (2,): of the loss in nats, and of the right answers
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    *,
+    runtime: Runtime | None = None,
+    label_smoothing: float = 0.0,
+    title: str = "train",
+    progress: bool | None = None,
+    meter: Meter | None = None,
+    after_step: Callable[[], None] | None = None,
+) -> tuple[float, float]:
+    """One pass over `loader`, a step of optimizer and scheduler per batch.
+
+    Args:
+        model: Any network from (N, 3, H, W) to (N, classes), logits or log-probabilities; must be on the device.
+        runtime: From `choose_runtime`; by default what that finds best on the model's device.
+        title: Stands before the bar.
+        progress: Whether to show a bar; by default on a terminal and in a notebook.
+        meter: Counts here, from where it stands: an epoch that was interrupted goes on, if the loader does so, too.
+        after_step: Called after every step, when all is in a state to be saved.
+
+    Returns:
+        Mean loss (negative log-likelihood in nats, without smoothing, as `evaluate` gives it) and accuracy in percent,
+        over the images as they were met in training: augmented, and with the weights of that moment.
+
+    Raises:
+        NonFiniteLossError: The loss is infinite or NaN.
+    """
+    runtime = runtime or _runtime_of(model)
+    model.train()
+    meter = Meter(torch.zeros(2, device=runtime.device)) if meter is None else meter
+    before, started = meter.seconds, time.perf_counter()
+    with _bar(title, len(loader.dataset), meter.images, progress) as bar:
+        for images, labels in loader:
+            images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
+            with runtime.autocast():
+                scores = model(images).float()  # (N, classes)
+            loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+            sums, count = _sums(scores.detach(), labels), len(labels)
+            if distributed.world_size() > 1:
+                whole = distributed.add_up(torch.cat([sums, sums.new_tensor([count])]))
+                loss = loss * count * distributed.world_size() / whole[2]  # a mean over images, not over processes
+                sums, count = whole[:2], int(whole[2])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+            meter.sums += sums
+            meter.steps += 1
+            meter.images += count
+            meter.seconds = before + time.perf_counter() - started
+            if meter.steps % 5 == 0:  # reading the sums makes a GPU wait
+                mean_loss, accuracy = _means(meter, title)
+                bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1f}%", refresh=False)
+            bar.update(count)
+            if after_step:
+                after_step()
+    return _means(meter, title)
+
+
+def _means(meter: Meter, title: str) -> tuple[float, float]:
+    loss_sum, correct = meter.sums.tolist()
+    if not math.isfinite(loss_sum):
+        raise NonFiniteLossError(
+            f"{title}: the loss became {loss_sum} at step {meter.steps}. Try a lower lr, precision fp32, or look for "
+            "broken images in your data."
+        )
+    return loss_sum / meter.images, 100 * correct / meter.images
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float32 (N, classes) and labels int64 (N,) of all images, in the loader's order, on the CPU.
+
+    The model is left in the mode, train or eval, in which it came.
+    """
+    runtime, was_training = runtime or _runtime_of(model), model.training
+    scores, labels = [], []
+    model.eval()
+    try:
+        for images, batch_labels in loader:
+            with runtime.autocast():
+                scores.append(model(runtime.place(images)).float().log_softmax(1).cpu())
+            labels.append(batch_labels)
+    finally:
+        model.train(was_training)
+    return torch.cat(scores), torch.cat(labels)
+
+
+def evaluate(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = None) -> tuple[float, float]:
+    """Mean loss (negative log-likelihood in nats) and accuracy (percent) over all images, each counted once."""
+    runtime = runtime or _runtime_of(model)
+    log_probs, labels = predict(model, loader, runtime=runtime)
+    sums = torch.tensor([*_sums(log_probs, labels).tolist(), len(labels)], dtype=torch.float32, device=runtime.device)
+    loss_sum, correct, count = distributed.add_up(sums).tolist()
+    return loss_sum / count, 100 * correct / count
+
+
+def _runtime_of(model: nn.Module) -> Runtime:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return dataclasses.replace(choose_runtime(device.type), device=device)
+
+
+def _sums(scores: Tensor, labels: Tensor) -> Tensor:
+    """(2,): the summed negative log-likelihood, and how many answers are right."""
+    return torch.stack([F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()])
+
+
+def _bar(title: str, total: int, initial: int, progress: bool | None) -> tqdm:
+    if distributed.rank() > 0:
+        disable = True
+    elif progress is not None:
+        disable = not progress
+    elif "ipykernel" in sys.modules:  # a notebook is no terminal, but shows bars; tqdm's there ignores the variable
+        disable = "TQDM_DISABLE" in os.environ
+    else:
+        disable = None  # without a terminal
+    return tqdm(
+        total=total, initial=initial, desc=title, unit=" images", leave=False, disable=disable, dynamic_ncols=True
+    )
