@@ -26,9 +26,9 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
 AUGMENTATIONS = ("crop", "flip", "affine", "cutout")
-DEFAULT_AUGMENT = ("crop", "flip")
+DEFAULT_AUGMENT = ("crop", "flip", "cutout")
 SIZE = 32  # pixels, height and width
-PADDING = 3  # pixels on each side before the crop
+PADDING = 4  # pixels on each side before the crop
 FLIPS, ORDER, AUGMENTATION = 1, 2, 3  # stand behind the seed, so that no two uses draw the same numbers
 
 
@@ -37,7 +37,7 @@ def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, flip: float = 0.5)
 
     Args:
         augment: Any of
-            "crop": pads 3 px by reflection and crops 32x32 at random, so the image moves by up to 3 px;
+            "crop": pads 4 px by reflection and crops 32x32 at random, so the image moves by up to 4 px;
             "flip": mirrors left and right, with the probability `flip`;
             "affine": shifts by up to 5 %, scales by 0.9 to 1.1 and rotates by up to 10 degrees, half of the time;
             "cutout": covers one 8x8 square with the mean colour (DeVries & Taylor, 2017).

@@ -133,8 +133,8 @@ def test_each_augmentation_does_what_it_says():
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
     drawn = {name: [train_transform([name])(image=picture)["image"] for _ in range(50)] for name in AUGMENTATIONS}
-    padded = np.pad(picture, ((3, 3), (3, 3), (0, 0)), mode="reflect")
-    crops = {padded[y : y + 32, x : x + 32].tobytes() for y in range(7) for x in range(7)}
+    padded = np.pad(picture, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    crops = {padded[y : y + 32, x : x + 32].tobytes() for y in range(9) for x in range(9)}
     assert {d.tobytes() for d in drawn["crop"]} <= crops
     assert {d.tobytes() for d in drawn["flip"]} == {picture.tobytes(), picture[:, ::-1].tobytes()}
     for holed in drawn["cutout"]:

@@ -1,0 +1,93 @@
+"""What every benchmark needs: timing side by side, and a table that is printed and saved."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from config import choose_runtime, describe_hardware, keep_freed_memory  # noqa: E402
+
+
+def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round; they take turns, so that a busy machine harms all of them alike.
+
+    Each is called once before, uncounted.
+    """
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def middle(seconds: Iterable[float]) -> tuple[float, float]:
+    """The median, and half the distance between the quartiles."""
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return median, (high - low) / 2
+
+
+def largest_convolution(batch_size: int = 500, channels: int = 256, size: int = 16) -> tuple[Callable[[], Any], float]:
+    """Forward and backward of one large 3x3 convolution in bf16, channels_last, and its floating-point operations.
+
+    What it reaches is taken for the limit of the machine.
+    """
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).bfloat16().to(memory_format=torch.channels_last)
+    images = torch.randn(batch_size, channels, size, size).bfloat16().contiguous(memory_format=torch.channels_last)
+    images.requires_grad_()
+    gradient = torch.randn_like(images)
+    return lambda: layer(images).backward(gradient), 3 * 2 * batch_size * size**2 * channels**2 * 9
+
+
+def random_batch(batch_size: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) float32 channels_last and labels (N,), at random."""
+    images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(10, (batch_size,))
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Callable[[], None]:
+    """One step on random images as `train_one_epoch` makes it, with the arithmetic that is best here."""
+    runtime = choose_runtime("cpu")
+    keep_freed_memory()
+    model.train().to(memory_format=torch.channels_last)
+    images, labels = random_batch(batch_size)
+
+    def step() -> None:
+        with runtime.autocast():
+            scores = model(images).float()
+        loss = F.cross_entropy(scores, labels, label_smoothing=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any) -> None:
+    """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json."""
+    texts = [columns, *[tuple(f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row) for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for text in texts:
+        print("  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
+    for note, value in notes.items():
+        print(f"{note.replace('_', ' ')}: {value}")
+    saved = {
+        "hardware": describe_hardware(),
+        "torch": torch.__version__,
+        **notes,
+        "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+    }
+    (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")

@@ -1,0 +1,37 @@
+"""The peak memory of training at the default batch size, and what the data and the network take of it.
+
+`python benchmarks/memory.py` trains on the drawn stand-in, which is as large as CIFAR-10, in a process of its own.
+"""
+
+import subprocess
+import sys
+import tempfile
+
+from common import FOLDER, report
+
+from config import Config
+
+CODE = """
+import resource, sys
+sys.path.insert(0, {repository!r})
+from train import Config, fit
+if __name__ == "__main__":
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fit(Config(data="synthetic", epochs=1, batch_size={batch_size}))
+    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(before, own, worker)
+"""
+
+
+def main() -> None:
+    rows = []
+    for batch_size in (125, 250, Config().batch_size, 1000):
+        code = CODE.format(repository=str(FOLDER.parent), batch_size=batch_size)
+        with tempfile.TemporaryDirectory() as folder:
+            run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+        rows.append((batch_size, *(round(int(kb) / 1e6, 2) for kb in run.stdout.splitlines()[-1].split())))
+    report("memory", ("batch size", "GB after the imports", "GB at the peak", "GB of the worker at its peak"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""How near the training step comes to the machine's limit, and where the rest of the time goes.
+
+`python benchmarks/step.py` times, taking turns, one large bf16 convolution (the limit) and a whole training step of
+`Net`, then each layer alone, forward and backward, on the input that it has in the network. Operations are those of
+the network's multiply-adds alone, counted twice (multiply, add) and three times (forward, and backward to the input and
+to the weights; the first layer has no input to go back to).
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from common import alternate, largest_convolution, middle, random_batch, report, training_step
+from torch import Tensor, nn
+
+from config import Config, choose_runtime
+from model import Net
+from optim import recipe_optimizer
+
+ROUNDS = 15
+BATCH_SIZE = Config().batch_size
+
+
+def operations(layer: nn.Module, output: Tensor) -> int:
+    """Of a convolution or linear layer, forward and backward, for the whole batch; 0 for all else."""
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        return 0
+    multiply_adds = layer.weight[0].numel() * output.numel()
+    return 2 * multiply_adds * (2 if layer.weight.shape[1] == 3 else 3)
+
+
+def layers_alone(model: nn.Module) -> dict[str, tuple[Callable[[], None], int]]:
+    """Name of each layer -> what runs it forward and backward alone, and its operations."""
+    seen: dict[str, tuple[Callable[[], None], int]] = {}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            given = inputs[0].detach()
+            given.requires_grad_(name != "c1.0.conv")
+            gradient = torch.randn_like(output)
+
+            def run() -> None:
+                with choose_runtime("cpu").autocast():
+                    result = layer(given)
+                result.backward(gradient)
+
+            seen[name] = run, operations(layer, output)
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(record(name)) for name, layer in model.named_modules() if not list(layer.children())
+    ]
+    with choose_runtime("cpu").autocast():
+        model(random_batch(BATCH_SIZE)[0])
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = recipe_optimizer(model)
+    convolution, limit_operations = largest_convolution(BATCH_SIZE)
+    step = training_step(model, optimizer, BATCH_SIZE)
+    seconds = alternate({"limit": convolution, "step": step, "optimizer": optimizer.step}, ROUNDS)
+    limit = limit_operations / statistics.median(seconds["limit"])
+    layers = layers_alone(model)
+    alone = alternate({name: run for name, (run, _) in layers.items()}, ROUNDS)
+
+    parts: dict[str, list[float]] = {}  # seconds in each round; convolutions one by one, the rest by kind
+    counts: dict[str, int] = {}  # operations
+    for name, times in alone.items():
+        layer = model.get_submodule(name)
+        part = f"{name} {tuple(layer.weight.shape)}" if layers[name][1] else type(layer).__name__
+        parts[part] = [a + b for a, b in zip(parts.get(part, [0.0] * ROUNDS), times, strict=True)]
+        counts[part] = counts.get(part, 0) + layers[name][1]
+    parts |= {"optimizer": seconds["optimizer"], "the whole step": seconds["step"]}
+    counts["the whole step"] = sum(counts.values())
+    total = statistics.median(seconds["step"])
+    rows = []
+    for part, times in parts.items():
+        (median, spread), count = middle(times), counts.get(part, 0)
+        rate = f"{count / median / 1e9:.0f}" if count else ""
+        of_limit = f"{100 * count / median / limit:.0f} %" if count else ""
+        rows.append((part, 1000 * median, 1000 * spread, f"{100 * median / total:.1f} %", rate, of_limit))
+    report(
+        "step",
+        ("layers", "ms", "± ms", "of the step", "GFLOP/s", "of the limit"),
+        rows,
+        batch_size=BATCH_SIZE,
+        limit_gflops=round(limit / 1e9),
+        images_per_second=round(BATCH_SIZE / total),
+    )
+
+
+if __name__ == "__main__":
+    main()
