@@ -67,6 +67,6 @@ def test_six_views_of_a_symmetric_network_are_one():
 def test_a_wider_network_keeps_its_layers():
     wide = importlib.import_module("growth").widened(importlib.import_module("model").Net(), 1.5)
     assert wide(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert wide.c3[0].conv.weight.shape == (384, 384, 3, 3)
+    assert wide.c3[0][0].conv.weight.shape == (336, 336, 3, 3)
     depthwise = wide.c4[1].depthwise.conv
-    assert depthwise.groups == depthwise.in_channels == 384
+    assert depthwise.groups == depthwise.in_channels == 472

@@ -210,7 +210,7 @@ def test_every_parameter_has_one_place_in_the_optimizer():
     placed = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, placed)) == sorted(map(id, net.parameters()))
     orthogonal = {id(p) for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
-    assert id(net.c3[0].conv.weight) in orthogonal
+    assert id(net.c3[0][0].conv.weight) in orthogonal
     assert id(net.c4[1].depthwise.conv.weight) not in orthogonal
 
 
