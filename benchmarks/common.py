@@ -13,9 +13,10 @@ sys.path.insert(0, str(FOLDER.parent))
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from config import choose_runtime, describe_hardware, keep_freed_memory  # noqa: E402
+from config import Config, choose_runtime, describe_hardware, keep_freed_memory  # noqa: E402
+from engine import train_one_epoch  # noqa: E402
 
 
 def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -58,22 +59,14 @@ def random_batch(batch_size: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(10, (batch_size,))
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Callable[[], None]:
-    """One step on random images as `train_one_epoch` makes it, with the arithmetic that is best here."""
-    runtime = choose_runtime("cpu")
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Callable[[], Any]:
+    """An epoch of one step, on random images, with the arithmetic that is best here."""
     keep_freed_memory()
-    model.train().to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     images, labels = random_batch(batch_size)
-
-    def step() -> None:
-        with runtime.autocast():
-            scores = model(images).float()
-        loss = F.cross_entropy(scores, labels, label_smoothing=0.2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    options = {"runtime": choose_runtime("cpu"), "label_smoothing": Config().label_smoothing, "progress": False}
+    one_batch = DataLoader(TensorDataset(images[None], labels[None]), batch_size=None)
+    return lambda: train_one_epoch(model, one_batch, optimizer, **options)
 
 
 def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any) -> None:

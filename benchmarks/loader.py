@@ -6,7 +6,6 @@ measured with the original's augmentations and with ours, which is the fair comp
 """
 
 import statistics
-import time
 from collections.abc import Iterable
 
 import albumentations as A
@@ -58,7 +57,7 @@ def pipelines() -> dict[str, A.Compose]:
         A.RandomCrop(SIZE, SIZE),
         A.HorizontalFlip(),
     ]
-    return {"the original's": A.Compose([*original, *end]), "ours": A.Compose([*ours, *end])}
+    return {"the original's": A.Compose([*original, *end]), "our": A.Compose([*ours, *end])}
 
 
 def run_through(loader: Iterable) -> None:
@@ -87,18 +86,13 @@ def main() -> None:
         median, spread = middle(times)
         rows.append((name, round(IMAGES / median), round(IMAGES * spread / median**2), f"{median / ours:.1f}"))
 
+    def step_for_each(batches: Iterable) -> None:
+        for _ in batches:
+            step()
+
     loader = loaders["ours"]
-    with_loader, alone = [], []  # seconds of as many steps, in turn
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        for _ in loader:
-            step()
-        middle_of_round = time.perf_counter()
-        for _ in range(len(loader)):
-            step()
-        with_loader.append(middle_of_round - started)
-        alone.append(time.perf_counter() - middle_of_round)
-    ratios = [a / b for a, b in zip(with_loader, alone, strict=True)]
+    both = {"with": lambda: step_for_each(loader), "alone": lambda: step_for_each(range(len(loader)))}
+    ratios = [a / b for a, b in zip(*alternate(both, ROUNDS).values(), strict=True)]
     median, spread = middle(ratios)
     report(
         "loader",

@@ -32,15 +32,15 @@ def operations(layer: nn.Module, output: Tensor) -> int:
 def layers_alone(model: nn.Module) -> dict[str, tuple[Callable[[], None], int]]:
     """Name of each layer -> what runs it forward and backward alone, and its operations."""
     seen: dict[str, tuple[Callable[[], None], int]] = {}
+    runtime = choose_runtime("cpu")
 
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            given = inputs[0].detach()
-            given.requires_grad_(name != "c1.0.conv")
+            given = inputs[0].detach().requires_grad_(inputs[0].requires_grad)
             gradient = torch.randn_like(output)
 
             def run() -> None:
-                with choose_runtime("cpu").autocast():
+                with runtime.autocast():
                     result = layer(given)
                 result.backward(gradient)
 
@@ -51,7 +51,7 @@ def layers_alone(model: nn.Module) -> dict[str, tuple[Callable[[], None], int]]:
     handles = [
         layer.register_forward_hook(record(name)) for name, layer in model.named_modules() if not list(layer.children())
     ]
-    with choose_runtime("cpu").autocast():
+    with runtime.autocast():
         model(random_batch(BATCH_SIZE)[0])
     for handle in handles:
         handle.remove()

@@ -10,7 +10,7 @@ down and right, with weights 1/2, 1/4, 1/4, each with its mirror image. Plain ac
 """
 
 import argparse
-import json
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -20,48 +20,38 @@ from original import original_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import Config, choose_runtime
+from config import Config
 from model import Net
-from train import fit, make_loaders
+from train import evaluate, fit, make_loaders
 
 ORIGINAL_STEPS = 20 * 50_000 // 32
 
 
-def six_views(model: nn.Module, images: Tensor) -> Tensor:
-    """Averaged log-probabilities (N, classes) of images (N, 3, 32, 32)."""
-    padded = F.pad(images, (1, 1, 1, 1), "reflect")
-    views = [(images, 0.5), (padded[:, :, :32, :32], 0.25), (padded[:, :, 2:, 2:], 0.25)]
-    return sum(weight * (model(view) + model(view.flip(3))) / 2 for view, weight in views)
+class SixViews(nn.Module):
+    """Averages the log-probabilities (N, classes) that `model` gives for six views of images (N, 3, 32, 32)."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
-@torch.no_grad()
-def averaged_accuracy(model: nn.Module, config: Config) -> float:
-    """In percent, of the test set."""
-    runtime = choose_runtime()
-    correct = count = 0
-    for images, labels in make_loaders(config)[1]:
-        with runtime.autocast():
-            correct += (six_views(model.eval(), runtime.place(images)).argmax(1) == labels).sum().item()
-        count += len(labels)
-    return 100 * correct / count
+    def forward(self, images: Tensor) -> Tensor:
+        padded = F.pad(images, (1, 1, 1, 1), "reflect")
+        views = [(images, 0.5), (padded[:, :, :32, :32], 0.25), (padded[:, :, 2:, 2:], 0.25)]
+        return sum(weight * (self.model(view) + self.model(view.flip(3))) / 2 for view, weight in views)
 
 
 def run(epochs: int, seed: int) -> dict[str, float]:
-    """Trains, unless runs/ has it, and says how long it took and how good it is."""
-    name = f"time-{epochs}-seed{seed}"
-    config = Config(epochs=epochs, seed=seed, name=name)
-    folder = Path("runs", name)
-    if not (folder / "last.pt").exists():
-        fit(config)
-    elif len(json.loads((folder / "metrics.json").read_text())["history"]["epoch"]) < epochs:
-        fit(Config(epochs=epochs, seed=seed, resume=str(folder)))
-    history = json.loads((folder / "metrics.json").read_text())["history"]
-    model = Net().to(memory_format=torch.channels_last)
-    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    """Trains, or takes up what runs/ has of it, and says how long it took and how good it is."""
+    config = Config(epochs=epochs, seed=seed, name=f"time-{epochs}-seed{seed}")
+    folder = Path("runs", config.name)
+    if (folder / "last.pt").exists():
+        config = dataclasses.replace(config, resume=str(folder))  # of a finished run, `fit` only reads the end
+    torch.manual_seed(seed)
+    history = fit(config, model := Net())
     return {
         "seconds": history["seconds"][-1],
         "plain": history["test_accuracy"][-1],
-        "averaged": averaged_accuracy(model, config),
+        "averaged": evaluate(SixViews(model), make_loaders(config)[1])[1],
     }
 
 
