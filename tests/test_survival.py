@@ -1,4 +1,4 @@
-"""No run is lost: what is interrupted goes on bit for bit, and what is damaged is refused."""
+"""No run is lost: what is interrupted goes on bit for bit, and what the machine does to it is named and survived."""
 
 import errno
 import json
