@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
 from config import Config
-from dataset import CIFAR10, DEFAULT_AUGMENT, MEAN, PADDING, SIZE, STD, make_loader
+from dataset import CIFAR10, DEFAULT_AUGMENT, MEAN, STD, make_loader, train_transform
 from model import Net
 from optim import recipe_optimizer
 from storage import prepare
@@ -51,13 +51,7 @@ def pipelines() -> dict[str, A.Compose]:
         A.Affine(translate_percent=(-0.06, 0.06), scale=(0.9, 1.1), rotate=(-15, 15), keep_ratio=True),
         A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(2, 5), hole_width_range=(2, 5)),
     ]
-    padded = SIZE + 2 * PADDING
-    ours = [
-        A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101),
-        A.RandomCrop(SIZE, SIZE),
-        A.HorizontalFlip(),
-    ]
-    return {"the original's": A.Compose([*original, *end]), "our": A.Compose([*ours, *end])}
+    return {"the original's": A.Compose([*original, *end]), "our": A.Compose([*train_transform().transforms, *end])}
 
 
 def run_through(loader: Iterable) -> None:
