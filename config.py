@@ -15,7 +15,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import CheckpointError
-from dataset import AUGMENTATIONS, DEFAULT_AUGMENT
+from transforms import AUGMENTATIONS, DEFAULT_AUGMENT
 
 # Settings that do not change what a run computes, so that a resumed run may have others.
 FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")

@@ -1,16 +1,10 @@
 """CIFAR-10 as a torch Dataset with Albumentations transforms, and the loaders that feed the training loop."""
 
 import contextlib
-import os
-import random
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Albumentations asks the network for a newer version when it is imported; it must not.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations as A
 import cv2
 import numpy as np
 import torch
@@ -18,79 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from storage import draw_synthetic, load_cifar10
+from transforms import DRAWN_FOR, eval_transform, train_transform
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-# Of the 50,000 training images, per channel (RGB), on the scale 0-1.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
-
-AUGMENTATIONS = ("crop", "flip", "affine", "cutout")
-DEFAULT_AUGMENT = ("crop", "flip", "cutout")
 SIZE = 32  # pixels, height and width
-PADDING = 4  # pixels on each side before the crop
 FLIPS, ORDER, AUGMENTATION = 1, 2, 3  # stand behind the seed, so that no two uses draw the same numbers
-
-
-def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, flip: float = 0.5) -> A.Compose:
-    """The random part of the training transform, in the order of `AUGMENTATIONS`: uint8 HWC 32x32 -> the same.
-
-    Args:
-        augment: Any of
-            "crop": pads 4 px by reflection and crops 32x32 at random, so the image moves by up to 4 px;
-            "flip": mirrors left and right, with the probability `flip`;
-            "affine": shifts by up to 5 %, scales by 0.9 to 1.1 and rotates by up to 10 degrees, half of the time;
-            "cutout": covers one 8x8 square with the mean colour (DeVries & Taylor, 2017).
-        flip: `CIFAR10` passes 0 and 1 in turn.
-
-    Raises:
-        ValueError: A name is not among these.
-    """
-    if isinstance(augment, str) or not set(augment) <= set(AUGMENTATIONS):
-        raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {augment!r}")
-    steps: dict[str, list[A.BasicTransform]] = {
-        "crop": [
-            A.PadIfNeeded(SIZE + 2 * PADDING, SIZE + 2 * PADDING, border_mode=cv2.BORDER_REFLECT_101),
-            A.RandomCrop(SIZE, SIZE),
-        ],
-        "flip": [A.HorizontalFlip(p=flip)],
-        "affine": [
-            A.Affine(
-                translate_percent=(-0.05, 0.05),
-                scale=(0.9, 1.1),
-                rotate=(-10, 10),
-                keep_ratio=True,
-                border_mode=cv2.BORDER_REFLECT_101,
-                p=0.5,
-            )
-        ],
-        "cutout": [
-            A.CoarseDropout(
-                num_holes_range=(1, 1),
-                hole_height_range=(8, 8),
-                hole_width_range=(8, 8),
-                fill=tuple(255 * m for m in MEAN),
-                p=1,
-            )
-        ],
-    }
-    chosen = [step for name in AUGMENTATIONS if name in augment for step in steps[name]]
-    # Checking that image and mask have one shape costs a third of the time, and there are no masks.
-    return A.Compose(chosen, strict=True, is_check_shapes=False)
-
-
-def eval_transform() -> A.Compose:
-    """The fixed part, after the augmentation or alone: uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32), normalised.
-
-    Called with `images=` on a whole batch, or with `image=` on one.
-    """
-    return A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()], strict=True)
-
-
-def denormalize(images: Tensor) -> np.ndarray:
-    """Normalised float (N, 3, H, W) -> uint8 (N, H, W, 3) RGB 0-255, for people to look at."""
-    images = images.detach().cpu().float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 class CIFAR10(Dataset):
@@ -132,13 +58,15 @@ class CIFAR10(Dataset):
     ) -> None:
         if data not in ("cifar10", "synthetic"):
             raise ValueError(f"data must be 'cifar10' or 'synthetic', got {data!r}")
-        self.augment = _alternating(augment)
+        self.augment = train_transform(augment) if augment else None
         self.to_tensor = eval_transform()
         self.seed = seed
         self.classes = CLASSES if data == "cifar10" else tuple(f"synthetic {k}" for k in range(10))
         images, labels = load_cifar10(train, data_dir) if data == "cifar10" else draw_synthetic(train)
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
-        self.flip_phase = np.random.default_rng((seed, FLIPS)).integers(2, size=len(images))
+        self.size = len(images)  # of the whole set, of which a subset has only the `rows`
+        self.rows = np.arange(self.size)
+        self._drawn = (None, None)  # seed and epoch, and their draws
 
     def __len__(self) -> int:
         return len(self.images)
@@ -152,31 +80,27 @@ class CIFAR10(Dataset):
         indices = [range(len(self))[i] for _, i in pairs]  # negative ones count from the end, as in a list
         images = self.images[indices].numpy()
         if self.augment:
-            images = np.stack(
-                [self._draw(image, epoch, i) for image, (epoch, _), i in zip(images, pairs, indices, strict=True)]
-            )
+            draws = [self._draws(epoch)[row] for (epoch, _), row in zip(pairs, self.rows[indices], strict=True)]
+            images = self.augment(images=images, draws=np.stack(draws))["images"]
         tensors = self.to_tensor(images=images)["images"]  # (N, 3, 32, 32)
         return list(zip(tensors, self.labels[indices].tolist(), strict=True))
 
-    def _draw(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, AUGMENTATION, epoch, index))
-        augment = self.augment[(epoch + self.flip_phase[index]) % 2]
-        augment.set_random_state(rng, random.Random(int(rng.integers(2**63))))
-        return augment(image=image)["image"]
+    def _draws(self, epoch: int) -> np.ndarray:
+        """For `BatchTransform`: a row for each image of the whole set. Those of the flips alternate."""
+        if self._drawn[0] != (self.seed, epoch):
+            draws = np.random.default_rng((self.seed, AUGMENTATION, epoch)).random((self.size, len(DRAWN_FOR)))
+            sides = np.random.default_rng((self.seed, FLIPS)).integers(2, size=self.size)
+            draws[:, DRAWN_FOR.index("flip")] = (epoch + sides) % 2 / 2
+            self._drawn = (self.seed, epoch), draws
+        return self._drawn[1]
 
     def subset(self, indices: Sequence[int] | Tensor, augment: Sequence[str] = ()) -> "CIFAR10":
-        """A copy that holds only these images, in this order, with its own augmentation."""
+        """A copy that holds only these images, in this order, with its own choice of augmentations, drawn as here."""
         part = object.__new__(CIFAR10)
         part.__dict__.update(self.__dict__)
-        part.augment = _alternating(augment)
-        part.images, part.labels = self.images[indices], self.labels[indices]
-        part.flip_phase = self.flip_phase[indices]
+        part.augment = train_transform(augment) if augment else None
+        part.images, part.labels, part.rows = self.images[indices], self.labels[indices], self.rows[indices]
         return part
-
-
-def _alternating(augment: Sequence[str]) -> tuple[A.Compose, A.Compose] | None:
-    """The transform without the flip and with it, or None if there is nothing to do."""
-    return (train_transform(augment, flip=0), train_transform(augment, flip=1)) if augment else None
 
 
 class EpochSampler(Sampler):

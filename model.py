@@ -80,7 +80,7 @@ class Net(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(
-                f"expected normalised float images, got {x.dtype}; normalise them with dataset.MEAN and STD"
+                f"expected normalised float images, got {x.dtype}; normalise them with transforms.MEAN and STD"
             )
         x = self.c4(self.c3(self.c2(self.c1(x))))  # (N, 247, (H - 1) // 8, (W - 1) // 8)
         x = self.fc(self.gap(x).flatten(1))  # (N, num_classes)

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from dataset import CIFAR10, SIZE, denormalize
+from dataset import CIFAR10, SIZE
+from transforms import denormalize
 
 TRAIN, TEST, ORIGINAL = "#0072B2", "#D55E00", "#666666"  # colour-blind safe (Okabe & Ito, 2008)
 ORIGINAL_ACCURACY = 73.20  # percent on the test set, the best of 20 epochs, of the network reimplemented here

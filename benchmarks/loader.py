@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
 from config import Config
-from dataset import CIFAR10, DEFAULT_AUGMENT, MEAN, STD, make_loader, train_transform
+from dataset import CIFAR10, SIZE, make_loader
 from model import Net
 from optim import recipe_optimizer
 from storage import prepare
+from transforms import DEFAULT_AUGMENT, HOLE, MEAN, PADDING, STD
 
 ROUNDS = 9
 IMAGES = 10_000
@@ -44,14 +45,26 @@ class UsualWay(Dataset):
 
 def pipelines() -> dict[str, A.Compose]:
     """The usual way's augmentations: those of the original, in today's names, and our default ones."""
-    end = [A.Normalize(MEAN, STD), A.ToTensorV2()]
     original = [
         A.HorizontalFlip(),
         A.RandomBrightnessContrast(0.2, 0.2),
         A.Affine(translate_percent=(-0.06, 0.06), scale=(0.9, 1.1), rotate=(-15, 15), keep_ratio=True),
         A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(2, 5), hole_width_range=(2, 5)),
     ]
-    return {"the original's": A.Compose([*original, *end]), "our": A.Compose([*train_transform().transforms, *end])}
+    ours = [
+        A.PadIfNeeded(SIZE + 2 * PADDING, SIZE + 2 * PADDING, border_mode=cv2.BORDER_REFLECT_101),
+        A.RandomCrop(SIZE, SIZE),
+        A.HorizontalFlip(),
+        A.CoarseDropout(
+            num_holes_range=(1, 1),
+            hole_height_range=(HOLE, HOLE),
+            hole_width_range=(HOLE, HOLE),
+            fill=tuple(255 * m for m in MEAN),
+            p=1,
+        ),
+    ]
+    end = [A.Normalize(MEAN, STD), A.ToTensorV2()]
+    return {"the original's": A.Compose([*original, *end]), "our": A.Compose([*ours, *end])}
 
 
 def run_through(loader: Iterable) -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dataset import AUGMENTATIONS, CIFAR10
+from dataset import CIFAR10
 from model import Net
+from transforms import AUGMENTATIONS
 from utils import (
     per_class_accuracy,
     plot_augmentations,

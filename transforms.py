@@ -1,0 +1,135 @@
+"""What happens to an image before the network sees it, as Albumentations transforms of whole batches."""
+
+import os
+import random
+from collections.abc import Sequence
+
+# Albumentations asks the network for a newer version when it is imported; it must not.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+# Of the 50,000 training images, per channel (RGB), on the scale 0-1.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+AUGMENTATIONS = ("crop", "flip", "affine", "cutout")
+DEFAULT_AUGMENT = ("crop", "flip", "cutout")
+DRAWN_FOR = ("crop", "crop", "flip", "affine", "cutout", "cutout")  # the random numbers that an image needs
+PADDING = 4  # pixels on each side before the crop
+HOLE = 8  # pixels, the side of the square that cutout covers
+
+
+class BatchTransform(A.ImageOnlyTransform):
+    """An Albumentations transform of a batch in which each image follows random numbers of its own.
+
+    Albumentations gives all `images` of a call the same draw; image by image, its calls take ten times as long as the
+    work. So these transforms are called with `images`, uint8 (N, H, W, C), and `draws`, float (N, 6) uniform in
+    [0, 1), with the columns of `DRAWN_FOR`: what one augmentation draws does not depend on which others are chosen.
+    """
+
+    name: str  # in AUGMENTATIONS
+
+    def __init__(self) -> None:
+        super().__init__(p=1)
+
+    @property
+    def targets_as_params(self) -> list[str]:
+        return ["draws"]
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        return {"draws": data["draws"][:, [name == self.name for name in DRAWN_FOR]]}
+
+
+class Crop(BatchTransform):
+    """Pads by 4 px, reflected, and crops to the size from before: the image moves by up to 4 px each way."""
+
+    name = "crop"
+
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+        height, width = images.shape[1:3]
+        padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), mode="reflect")
+        corners = (draws * (2 * PADDING + 1)).astype(int).tolist()
+        return np.stack([image[y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)])
+
+
+class Flip(BatchTransform):
+    """Mirrors left and right, for draws of at least a half."""
+
+    name = "flip"
+
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+        return np.where(draws[:, :, None, None] < 0.5, images, images[:, :, ::-1])
+
+
+class Affine(BatchTransform):
+    """Shifts by up to 5 %, scales by 0.9 to 1.1 and rotates by up to 10 degrees, half of the time.
+
+    Here the work itself takes long, so Albumentations does it image by image.
+    """
+
+    name = "affine"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.affine = A.Affine(
+            translate_percent=(-0.05, 0.05),
+            scale=(0.9, 1.1),
+            rotate=(-10, 10),
+            keep_ratio=True,
+            border_mode=cv2.BORDER_REFLECT_101,
+            p=0.5,
+        )
+
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+        moved = []
+        for image, seed in zip(images, (draws[:, 0] * 2**53).astype(int).tolist(), strict=True):
+            self.affine.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            moved.append(self.affine(image=image)["image"])
+        return np.stack(moved)
+
+
+class Cutout(BatchTransform):
+    """Covers one square of 8x8 px inside the image with the mean colour (DeVries & Taylor, 2017)."""
+
+    name = "cutout"
+
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+        images = images.copy()
+        corners = (draws * (np.array(images.shape[1:3]) - HOLE + 1)).astype(int).tolist()
+        colour = np.rint(255 * np.array(MEAN)).astype(np.uint8)
+        for image, (y, x) in zip(images, corners, strict=True):
+            image[y : y + HOLE, x : x + HOLE] = colour
+        return images
+
+
+def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT) -> A.Compose:
+    """The random part of the training transform, called with `images` and `draws`: see `BatchTransform`.
+
+    Args:
+        augment: Any of "crop", "flip", "affine" and "cutout"; they are applied in this order.
+
+    Raises:
+        ValueError: A name is not among these.
+    """
+    if isinstance(augment, str) or not set(augment) <= set(AUGMENTATIONS):
+        raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {augment!r}")
+    return A.Compose([t() for t in (Crop, Flip, Affine, Cutout) if t.name in augment], strict=True)
+
+
+def eval_transform() -> A.Compose:
+    """The fixed part, after the random one or alone: uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32), normalised.
+
+    Called with `images=` on a whole batch, or with `image=` on one.
+    """
+    return A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()], strict=True)
+
+
+def denormalize(images: Tensor) -> np.ndarray:
+    """Normalised float (N, 3, H, W) -> uint8 (N, H, W, 3) RGB 0-255, for people to look at."""
+    images = images.detach().cpu().float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
