@@ -17,13 +17,19 @@ def on_the_path(monkeypatch):
 
 
 def test_the_original_has_its_parameters_and_its_24_by_24_pixels():
-    model = importlib.import_module("original").original_network().eval()
+    model = importlib.import_module("baselines").original_network().eval()
     assert sum(p.numel() for p in model.parameters()) == 2_034_040
     pool = next(layer for layer in model if isinstance(layer, nn.AvgPool2d))
     sizes = []
     pool.register_forward_hook(lambda layer, inputs, output: sizes.extend([inputs[0].shape, output.shape]))
     assert model(torch.zeros(2, 3, 32, 32)).exp().sum(1).tolist() == pytest.approx([1, 1], abs=1e-5)
     assert sizes == [(2, 128, 24, 24), (2, 128, 8, 8)]
+
+
+def test_the_record_holder_has_its_parameters():
+    model = importlib.import_module("baselines").airbench94_network().eval()
+    assert sum(p.numel() for p in model.parameters()) == 1_972_792
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_candidates_take_turns_and_the_first_call_does_not_count():
