@@ -37,7 +37,7 @@ class Config:
     data: str = setting("cifar10", "the dataset, or drawn pictures that need no files", ("cifar10", "synthetic"))
     data_dir: str | None = setting(None, "where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at")
     name: str | None = setting(None, "results go to runs/NAME, which must be new (default: data, seed and time)")
-    epochs: int = setting(16, "passes over the training set; the learning rate falls linearly to 0 over all of them")
+    epochs: int = setting(20, "passes over the training set; the learning rate falls linearly to 0 over all of them")
     batch_size: int = setting(500, "images per step")
     lr: float = setting(0.12, "learning rate of the filters at the start; the other rates are in proportion to it")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes")

@@ -28,6 +28,7 @@ from train import evaluate, fit, make_loaders
 
 ORIGINAL_STEPS = 20 * 50_000 // 32
 PEER_BATCH = 2000
+SHORT, SHORT_AUGMENT = 8, ("crop", "flip")  # so many epochs fit too little to bear cutout
 PEER_STEPS = 8 * 50_000 // PEER_BATCH
 
 
@@ -46,7 +47,8 @@ class SixViews(nn.Module):
 
 def run(epochs: int, seed: int) -> dict[str, float]:
     """Trains, or takes up what runs/ has of it, and says how long it took and how good it is."""
-    config = Config(epochs=epochs, seed=seed, name=f"time-{epochs}-seed{seed}")
+    augment = SHORT_AUGMENT if epochs <= SHORT else Config().augment
+    config = Config(epochs=epochs, seed=seed, augment=augment, name=f"time-{epochs}-seed{seed}")
     folder = Path("runs", config.name)
     if (folder / "last.pt").exists():
         config = dataclasses.replace(config, resume=str(folder))  # of a finished run, `fit` only reads the end

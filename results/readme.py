@@ -1,11 +1,12 @@
-"""Puts the numbers and pictures of the saved runs into README.md; `make readme` does it, and a test keeps them true.
+"""Puts saved numbers and pictures into the two READMEs; `make readme` does it, and a test keeps them true.
 
-The numbers come from results/cifar10-seed*.json, copies of the runs' metrics.json; the picture of mistakes comes from
-the committed notebook, which is the run of seed 0.
+The numbers come from results/cifar10-seed*.json, copies of the runs' metrics.json, and from benchmarks/*.json; the
+picture of mistakes comes from the committed notebook, which is the run of seed 0.
 """
 
 import base64
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent
 REPOSITORY = RESULTS.parent
+READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks/README.md")
 sys.path.insert(0, str(REPOSITORY))
 
 from config import FREE  # noqa: E402
@@ -68,8 +70,7 @@ def table(runs: list[dict]) -> str:
         "20",
         "not recorded",
     )
-    rows = (head, ("---",) * len(head), ours, original)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(head, ours, original)
 
 
 def multiply_adds() -> int:
@@ -87,9 +88,8 @@ def survival() -> str:
     anew = f"{kills.get('begun anew', 0)} killed before the first save and begun anew"
     refused = sum(count for outcome, count in corruptions.items() if outcome.startswith("refused"))
     accepted, other = corruptions.get("accepted", 0), corruptions.get("another error", 0)
-    rows = (
+    return markdown(
         ("harm", "times", "outcome"),
-        ("---",) * 3,
         (
             f"SIGKILL at a random instant, {inside}, then resumed ({anew})",
             f"{kills['kills']}",
@@ -101,7 +101,25 @@ def survival() -> str:
             f"{refused:,} refused with a clear error, {accepted} accepted, {other} ended in another error",
         ),
     )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def measured(name: str) -> str:
+    """The table that a benchmark saved, and where it ran."""
+    result = json.loads((REPOSITORY / f"benchmarks/{name}.json").read_text())
+    rows = result.pop("rows")
+    table = markdown(tuple(rows[0]), *[tuple(map(as_text, row.values())) for row in rows])
+    notes = [result.pop("hardware"), f"torch {result.pop('torch')}"]
+    notes += [f"{note.replace('_', ' ')}: {as_text(value)}" for note, value in result.items()]
+    return f"{table}\n\n{'; '.join(notes)}."
+
+
+def as_text(value: float | str) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+def markdown(*rows: tuple[str, ...]) -> str:
+    """A table, the head first."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(rows[0]), *rows[1:]))
 
 
 def mean(runs: list[dict], quantity: str) -> str:
@@ -109,17 +127,20 @@ def mean(runs: list[dict], quantity: str) -> str:
 
 
 def with_numbers(text: str, runs: list[dict]) -> str:
-    """The README with the parts between its `<!-- name -->` and `<!-- /name -->` written anew."""
-    for name, part in (("summary", summary(runs)), ("table", table(runs)), ("survival", survival())):
+    """A README with the parts between `<!-- name -->` and `<!-- /name -->` written anew."""
+    own = {"summary": lambda: summary(runs), "table": lambda: table(runs), "survival": survival}
+    for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         before, rest = text.split(f"<!-- {name} -->\n")
         after = rest.split(f"\n<!-- /{name} -->")[1]
+        part = own[name]() if name in own else measured(name)
         text = f"{before}<!-- {name} -->\n{part}\n<!-- /{name} -->{after}"
     return text
 
 
 def main() -> None:
-    readme, runs = REPOSITORY / "README.md", saved_runs()
-    readme.write_text(with_numbers(readme.read_text(), runs))
+    runs = saved_runs()
+    for readme in READMES:
+        readme.write_text(with_numbers(readme.read_text(), runs))
     plot_curves(runs[0]["history"]).savefig(RESULTS / "curves.png", dpi=110)
     notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
     pictures = [
