@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from config import FREE  # noqa: E402
 from model import Net  # noqa: E402
-from utils import ORIGINAL_ACCURACY, plot_curves  # noqa: E402
+from utils import ORIGINAL_ACCURACY, plot_architecture, plot_curves  # noqa: E402
 
 
 def saved_runs() -> list[dict]:
@@ -141,6 +141,7 @@ def main() -> None:
     runs = saved_runs()
     for readme in READMES:
         readme.write_text(with_numbers(readme.read_text(), runs))
+    plot_architecture(Net()).savefig(RESULTS / "architecture.png", dpi=110)
     plot_curves(runs[0]["history"]).savefig(RESULTS / "curves.png", dpi=110)
     notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
     pictures = [

@@ -4,12 +4,14 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from dataset import CIFAR10
 from model import Net
 from transforms import AUGMENTATIONS
 from utils import (
     per_class_accuracy,
+    plot_architecture,
     plot_augmentations,
     plot_confusion,
     plot_curves,
@@ -115,3 +117,16 @@ def test_summary_counts_and_disturbs_nothing(capsys):
     assert net.training
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_picture_of_the_architecture_is_drawn_from_the_network():
+    net = Net()
+    (axes,) = plot_architecture(net).axes
+    texts = [text.get_text() for text in axes.texts]
+    for name in ("c1", "c2", "c3", "c4"):
+        count = sum(p.numel() for p in net.get_submodule(name).parameters())
+        assert any(f"{name.upper()}, sees" in text and f"{count:,} parameters" in text for text in texts)
+    outputs = [text for text in texts if text.endswith(("31×31", "16×16", "8×8", "4×4"))]
+    convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+    assert [int(text.split("\n")[0]) for text in outputs] == [conv.out_channels for conv in convolutions]
+    assert net.training
