@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import nbformat
+import torch
 
 from config import parse_args
+from model import Net
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -57,3 +59,20 @@ def test_every_file_and_picture_named_is_there():
     for path in set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"^\| `([\w./]+)`", README, re.M)):
         if "." in path or "/" in path:
             assert (REPOSITORY / path).exists(), path
+
+
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = Net()
+    Path("runs/NAME").mkdir(parents=True)
+    torch.save(model.state_dict(), "runs/NAME/model.pt")
+    small = {"Config(epochs=20)": "Config(epochs=1, batch_size=100, workers=0)", "workers=2": "workers=0"}
+    names = {"__name__": "__main__", "my_network": Net(), "images": torch.zeros(2, 3, 32, 32)}
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for example in examples:
+        for real, quick in small.items():
+            example = example.replace(real, quick)
+        exec(example, names)
+    assert len(names["history"]["epoch"]) == 1
+    assert torch.equal(names["log_probs"], model.eval()(names["images"]))
+    assert next(iter(names["loader"]))[0].shape == (128, 3, 32, 32)
