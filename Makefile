@@ -13,7 +13,7 @@ help:
 	@echo "make train   train from the command line with the default settings"
 	@echo "make lint    check style and formatting"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
-	@echo "make readme  write the README's numbers and pictures from results/ and the notebook"
+	@echo "make readme  write the numbers and pictures of both READMEs from results/, benchmarks/*.json and the notebook"
 	@echo "make clean   delete the environment and caches; runs/ and data/ stay"
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt

@@ -1,6 +1,7 @@
 """CIFAR-10 as a torch Dataset with Albumentations transforms, and the loaders that feed the training loop."""
 
 import contextlib
+import functools
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,9 +65,7 @@ class CIFAR10(Dataset):
         self.classes = CLASSES if data == "cifar10" else tuple(f"synthetic {k}" for k in range(10))
         images, labels = load_cifar10(train, data_dir) if data == "cifar10" else draw_synthetic(train)
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
-        self.size = len(images)  # of the whole set, of which a subset has only the `rows`
-        self.rows = np.arange(self.size)
-        self._drawn = (None, None)  # seed and epoch, and their draws
+        self._whole, self._rows = len(images), np.arange(len(images))  # a subset keeps its rows in the whole set
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,27 +79,31 @@ class CIFAR10(Dataset):
         indices = [range(len(self))[i] for _, i in pairs]  # negative ones count from the end, as in a list
         images = self.images[indices].numpy()
         if self.augment:
-            draws = [self._draws(epoch)[row] for (epoch, _), row in zip(pairs, self.rows[indices], strict=True)]
-            images = self.augment(images=images, draws=np.stack(draws))["images"]
+            rows = zip(pairs, self._rows[indices], strict=True)
+            draws = np.stack([_draws(self.seed, epoch, self._whole)[row] for (epoch, _), row in rows])
+            images = self.augment(images=images, draws=draws)["images"]
         tensors = self.to_tensor(images=images)["images"]  # (N, 3, 32, 32)
         return list(zip(tensors, self.labels[indices].tolist(), strict=True))
 
-    def _draws(self, epoch: int) -> np.ndarray:
-        """For `BatchTransform`: a row for each image of the whole set. Those of the flips alternate."""
-        if self._drawn[0] != (self.seed, epoch):
-            draws = np.random.default_rng((self.seed, AUGMENTATION, epoch)).random((self.size, len(DRAWN_FOR)))
-            sides = np.random.default_rng((self.seed, FLIPS)).integers(2, size=self.size)
-            draws[:, DRAWN_FOR.index("flip")] = (epoch + sides) % 2 / 2
-            self._drawn = (self.seed, epoch), draws
-        return self._drawn[1]
-
     def subset(self, indices: Sequence[int] | Tensor, augment: Sequence[str] = ()) -> "CIFAR10":
-        """A copy that holds only these images, in this order, with its own choice of augmentations, drawn as here."""
+        """A copy that holds only these images, in this order, with its own choice of augmentations.
+
+        An image keeps its draws: they depend on where it stands in the whole set.
+        """
         part = object.__new__(CIFAR10)
         part.__dict__.update(self.__dict__)
         part.augment = train_transform(augment) if augment else None
-        part.images, part.labels, part.rows = self.images[indices], self.labels[indices], self.rows[indices]
+        part.images, part.labels, part._rows = self.images[indices], self.labels[indices], self._rows[indices]
         return part
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(seed: int, epoch: int, size: int) -> np.ndarray:
+    """What `BatchTransform` takes, a row for each of `size` images. Those of the flips alternate."""
+    draws = np.random.default_rng((seed, AUGMENTATION, epoch)).random((size, len(DRAWN_FOR)))
+    sides = np.random.default_rng((seed, FLIPS)).integers(2, size=size)
+    draws[:, DRAWN_FOR.index("flip")] = (epoch + sides) % 2 / 2
+    return draws
 
 
 class EpochSampler(Sampler):

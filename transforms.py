@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Sequence
+from typing import Any
 
 # Albumentations asks the network for a newer version when it is imported; it must not.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -17,9 +18,6 @@ from torch import Tensor
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
-AUGMENTATIONS = ("crop", "flip", "affine", "cutout")
-DEFAULT_AUGMENT = ("crop", "flip", "cutout")
-DRAWN_FOR = ("crop", "crop", "flip", "affine", "cutout", "cutout")  # the random numbers that an image needs
 PADDING = 4  # pixels on each side before the crop
 HOLE = 8  # pixels, the side of the square that cutout covers
 
@@ -27,30 +25,38 @@ HOLE = 8  # pixels, the side of the square that cutout covers
 class BatchTransform(A.ImageOnlyTransform):
     """An Albumentations transform of a batch in which each image follows random numbers of its own.
 
-    Albumentations gives all `images` of a call the same draw; image by image, its calls take ten times as long as the
-    work. So these transforms are called with `images`, uint8 (N, H, W, C), and `draws`, float (N, 6) uniform in
-    [0, 1), with the columns of `DRAWN_FOR`: what one augmentation draws does not depend on which others are chosen.
+    Albumentations gives all `images` of a call the same draw, and called for one image after the other it spends most
+    of the time on the calls. So these transforms are called with `images`, uint8 (N, H, W, C), and `draws`, float
+    uniform in [0, 1), with a row for each image and the columns of `DRAWN_FOR`: what one augmentation draws does not
+    depend on which others are chosen.
     """
 
     name: str  # in AUGMENTATIONS
+    numbers: int  # that an image needs for it
 
-    def __init__(self) -> None:
-        super().__init__(p=1)
+    def __init__(self, p: float = 1) -> None:
+        super().__init__(p=p)
 
     @property
     def targets_as_params(self) -> list[str]:
         return ["draws"]
 
-    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
-        return {"draws": data["draws"][:, [name == self.name for name in DRAWN_FOR]]}
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        images, draws = data.get("images"), data["draws"]
+        if images is None or np.shape(draws) != (len(images), len(DRAWN_FOR)):
+            raise ValueError(
+                f"expected images=uint8 (N, H, W, C) and draws=(N, {len(DRAWN_FOR)}), got "
+                f"{', '.join(f'{name} {np.shape(value)}' for name, value in data.items())}"
+            )
+        return {"draws": draws[:, [name == self.name for name in DRAWN_FOR]]}
 
 
 class Crop(BatchTransform):
-    """Pads by 4 px, reflected, and crops to the size from before: the image moves by up to 4 px each way."""
+    """Pads by `PADDING` px, reflected, and crops to the size from before: moves the image by up to so much each way."""
 
-    name = "crop"
+    name, numbers = "crop", 2
 
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         height, width = images.shape[1:3]
         padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), mode="reflect")
         corners = (draws * (2 * PADDING + 1)).astype(int).tolist()
@@ -60,9 +66,9 @@ class Crop(BatchTransform):
 class Flip(BatchTransform):
     """Mirrors left and right, for draws of at least a half."""
 
-    name = "flip"
+    name, numbers = "flip", 1
 
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         return np.where(draws[:, :, None, None] < 0.5, images, images[:, :, ::-1])
 
 
@@ -72,10 +78,10 @@ class Affine(BatchTransform):
     Here the work itself takes long, so Albumentations does it image by image.
     """
 
-    name = "affine"
+    name, numbers = "affine", 1
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, p: float = 1) -> None:
+        super().__init__(p)
         self.affine = A.Affine(
             translate_percent=(-0.05, 0.05),
             scale=(0.9, 1.1),
@@ -83,9 +89,10 @@ class Affine(BatchTransform):
             keep_ratio=True,
             border_mode=cv2.BORDER_REFLECT_101,
             p=0.5,
+            strict=True,
         )
 
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         moved = []
         for image, seed in zip(images, (draws[:, 0] * 2**53).astype(int).tolist(), strict=True):
             self.affine.set_random_state(np.random.default_rng(seed), random.Random(seed))
@@ -94,11 +101,11 @@ class Affine(BatchTransform):
 
 
 class Cutout(BatchTransform):
-    """Covers one square of 8x8 px inside the image with the mean colour (DeVries & Taylor, 2017)."""
+    """Covers one square of `HOLE` px inside the image with the mean colour (DeVries & Taylor, 2017)."""
 
-    name = "cutout"
+    name, numbers = "cutout", 2
 
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params) -> np.ndarray:
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         images = images.copy()
         corners = (draws * (np.array(images.shape[1:3]) - HOLE + 1)).astype(int).tolist()
         colour = np.rint(255 * np.array(MEAN)).astype(np.uint8)
@@ -107,18 +114,24 @@ class Cutout(BatchTransform):
         return images
 
 
+TRANSFORMS = (Crop, Flip, Affine, Cutout)  # in the order in which they are applied
+AUGMENTATIONS = tuple(transform.name for transform in TRANSFORMS)
+DRAWN_FOR = tuple(transform.name for transform in TRANSFORMS for _ in range(transform.numbers))
+DEFAULT_AUGMENT = ("crop", "flip", "cutout")
+
+
 def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT) -> A.Compose:
     """The random part of the training transform, called with `images` and `draws`: see `BatchTransform`.
 
     Args:
-        augment: Any of "crop", "flip", "affine" and "cutout"; they are applied in this order.
+        augment: At least one of "crop", "flip", "affine" and "cutout"; they are applied in this order.
 
     Raises:
-        ValueError: A name is not among these.
+        ValueError: A name is not among these, or there is none.
     """
-    if isinstance(augment, str) or not set(augment) <= set(AUGMENTATIONS):
+    if isinstance(augment, str) or not augment or not set(augment) <= set(AUGMENTATIONS):
         raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {augment!r}")
-    return A.Compose([t() for t in (Crop, Flip, Affine, Cutout) if t.name in augment], strict=True)
+    return A.Compose([transform() for transform in TRANSFORMS if transform.name in augment], strict=True)
 
 
 def eval_transform() -> A.Compose:

@@ -1,4 +1,4 @@
-"""The layouts that `Net` is compared with: of the network that this project reimplements, and of the record holder."""
+"""The layouts that `Net` is compared with: of the network that this project reimplements, and of airbench94_muon."""
 
 from common import FOLDER  # noqa: F401  (puts the repository on the path)
 from torch import nn
@@ -38,11 +38,11 @@ def original_network() -> nn.Module:
     )
 
 
-def airbench94_network() -> nn.Module:
+def airbench94_muon_network() -> nn.Module:
     """1,972,792 parameters from (N, 3, 32, 32) to logits (N, 10), to take its time; its weights start as torch's.
 
-    From the layer table of github.com/KellerJordan/cifar10-airbench (K. Jordan, 2024), which reaches 94.01 % with six
-    views in 8 epochs.
+    From the layer table of airbench94_muon.py in github.com/KellerJordan/cifar10-airbench (K. Jordan, 2024), which
+    reaches 94.01 % with six views in 8 epochs. There the stem's filters and BatchNorm's gains are not trained.
     """
 
     def block(in_channels: int, out_channels: int) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """What every benchmark needs: timing side by side, and a table that is printed and saved."""
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -70,17 +71,29 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size
 
 
 def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any) -> None:
-    """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json."""
-    texts = [columns, *[tuple(f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row) for row in rows]]
+    """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json.
+
+    Fractions are rounded to three digits. Where ONEDNN_MAX_CPU_ISA keeps a processor from using all its instructions,
+    the file's name and notes say so.
+    """
+    if instructions := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        name, notes = f"{name}_{instructions.lower()}", {**notes, "instructions": instructions}
+    rows = [tuple(float(f"{v:.3g}") if isinstance(v, float) else v for v in row) for row in rows]
+    texts = [columns, *[tuple(map(as_text, row)) for row in rows]]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for text in texts:
         print("  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
     for note, value in notes.items():
-        print(f"{note.replace('_', ' ')}: {value}")
+        print(f"{note.replace('_', ' ')}: {as_text(value)}")
     saved = {
         "hardware": describe_hardware(),
         "torch": torch.__version__,
         **notes,
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
     }
-    (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
+    (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+
+
+def as_text(value: float | str) -> str:
+    """A cell of a table."""
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,g}"

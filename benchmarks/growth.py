@@ -16,10 +16,10 @@ ROUNDS = 9
 
 
 def widened(model: nn.Module, factor: float) -> nn.Module:
-    """`Net` with all channels but the input's and the classes' multiplied, to whole multiples of 4."""
+    """`Net` with all channels but the input's and the classes' multiplied, to even numbers."""
 
     def wide(channels: int) -> int:
-        return channels if channels == 3 else 4 * round(channels * factor / 4)
+        return channels if channels == 3 else 2 * round(channels * factor / 2)
 
     for name, layer in list(model.named_modules()):
         parent = model.get_submodule(name.rpartition(".")[0])

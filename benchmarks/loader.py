@@ -5,8 +5,11 @@ item, an Albumentations pipeline per image that ends in normalisation and the te
 measured with the original's augmentations and with ours, which is the fair comparison.
 """
 
+import os
 import statistics
 from collections.abc import Iterable
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
 import cv2
@@ -78,7 +81,9 @@ def main() -> None:
     train_set = CIFAR10(train=True, augment=DEFAULT_AUGMENT)
     part = train_set.subset(range(IMAGES), DEFAULT_AUGMENT)
     usual = {
-        f"the usual way, {name} augmentations": DataLoader(UsualWay(pipeline), BATCH_SIZE, shuffle=True, num_workers=1)
+        f"the usual way, {name} augmentations": DataLoader(
+            UsualWay(pipeline), BATCH_SIZE, shuffle=True, num_workers=1, persistent_workers=True
+        )
         for name, pipeline in pipelines().items()
     }
     loaders = {**usual, "ours": make_loader(part, BATCH_SIZE, train=True, workers=1)}

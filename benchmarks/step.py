@@ -3,17 +3,16 @@
 `python benchmarks/step.py` times, taking turns, one large bf16 convolution (the limit) and a whole training step of
 `Net`, then each layer alone, forward and backward, on the input that it has in the network. Operations are those of
 the network's multiply-adds alone, counted twice (multiply, add) and three times (forward, and backward to the input and
-to the weights; the first layer has no input to go back to). airbench94's layers are timed beside, in the same loop.
+to the weights; the first layer has no input to go back to). The layers of airbench94_muon are timed beside it.
 
 With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 before it, a processor with AMX does without, like one that has none.
 """
 
-import os
 import statistics
 from collections.abc import Callable
 
 import torch
-from baselines import airbench94_network
+from baselines import airbench94_muon_network
 from common import alternate, largest_convolution, middle, random_batch, report, training_step
 from torch import Tensor, nn
 
@@ -68,7 +67,7 @@ def main() -> None:
     optimizer = recipe_optimizer(model)
     convolution, limit_operations = largest_convolution(BATCH_SIZE)
     step = training_step(model, optimizer, BATCH_SIZE)
-    peer_step = training_step(peer := airbench94_network(), recipe_optimizer(peer), BATCH_SIZE)
+    peer_step = training_step(peer := airbench94_muon_network(), recipe_optimizer(peer), BATCH_SIZE)
     candidates = {"limit": convolution, "step": step, "optimizer": optimizer.step, "peer": peer_step}
     seconds = alternate(candidates, ROUNDS)
     limit = limit_operations / statistics.median(seconds["limit"])
@@ -91,16 +90,14 @@ def main() -> None:
         rate = f"{count / median / 1e9:.0f}" if count else ""
         of_limit = f"{100 * count / median / limit:.0f} %" if count else ""
         rows.append((part, 1000 * median, 1000 * spread, f"{100 * median / total:.1f} %", rate, of_limit))
-    instructions = os.environ.get("ONEDNN_MAX_CPU_ISA", "all")
     report(
-        "step" if instructions == "all" else f"step_{instructions.lower()}",
+        "step",
         ("layers", "ms", "± ms", "of the step", "GFLOP/s", "of the limit"),
         rows,
         batch_size=BATCH_SIZE,
         limit_gflops=round(limit / 1e9),
         images_per_second=round(BATCH_SIZE / total),
-        images_per_second_of_airbench94=round(BATCH_SIZE / statistics.median(seconds["peer"])),
-        instructions=instructions,
+        images_per_second_of_airbench94_muon=round(BATCH_SIZE / statistics.median(seconds["peer"])),
     )
 
 

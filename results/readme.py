@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 RESULTS = Path(__file__).parent
 REPOSITORY = RESULTS.parent
 READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks/README.md")
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+from common import as_text  # noqa: E402
 
 from config import FREE  # noqa: E402
 from model import Net  # noqa: E402
@@ -111,10 +113,6 @@ def measured(name: str) -> str:
     notes = [result.pop("hardware"), f"torch {result.pop('torch')}"]
     notes += [f"{note.replace('_', ' ')}: {as_text(value)}" for note, value in result.items()]
     return f"{table}\n\n{'; '.join(notes)}."
-
-
-def as_text(value: float | str) -> str:
-    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
 def markdown(*rows: tuple[str, ...]) -> str:

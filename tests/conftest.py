@@ -11,6 +11,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the code, on the CPU that every machine has
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # a test may import it before `transforms` says so
 
 import torch
 from torchvision import datasets

@@ -26,10 +26,15 @@ def test_the_original_has_its_parameters_and_its_24_by_24_pixels():
     assert sizes == [(2, 128, 24, 24), (2, 128, 8, 8)]
 
 
-def test_the_record_holder_has_its_parameters():
-    model = importlib.import_module("baselines").airbench94_network().eval()
+def test_airbench94_muon_has_its_parameters_and_map_sizes():
+    model = importlib.import_module("baselines").airbench94_muon_network().eval()
     assert sum(p.numel() for p in model.parameters()) == 1_972_792
+    sizes = []
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+            layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.shape[2]))
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sizes == [31, 31, 15, 15, 15, 7, 7, 7, 3, 3, 1]
 
 
 def test_candidates_take_turns_and_the_first_call_does_not_count():
@@ -44,12 +49,17 @@ def test_candidates_take_turns_and_the_first_call_does_not_count():
 def test_a_report_is_saved_with_the_machine(tmp_path, monkeypatch, capsys):
     common = importlib.import_module("common")
     monkeypatch.setattr(common, "FOLDER", tmp_path)
-    common.report("speed", ("layer", "ms"), [("conv", 1.25), ("pool", 10.0)], batch_size=500)
+    common.report("speed", ("layer", "ms"), [("conv", 1.25), ("pool", 1194.4)], batch_size=500)
     saved = json.loads((tmp_path / "speed.json").read_text())
-    assert saved["rows"] == [{"layer": "conv", "ms": 1.25}, {"layer": "pool", "ms": 10.0}]
+    assert saved["rows"] == [{"layer": "conv", "ms": 1.25}, {"layer": "pool", "ms": 1190.0}]
     assert (saved["batch_size"], saved["torch"]) == (500, torch.__version__)
     assert saved["hardware"]
-    assert "batch size: 500" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "batch size: 500" in printed
+    assert "pool   1,190" in printed
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    common.report("speed", ("layer", "ms"), [("conv", 1.25)])
+    assert json.loads((tmp_path / "speed_avx2.json").read_text())["instructions"] == "AVX2"
 
 
 def test_operations_are_those_of_the_multiply_adds():
@@ -75,4 +85,6 @@ def test_a_wider_network_keeps_its_layers():
     assert wide(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert wide.c3[0][0].conv.weight.shape == (336, 336, 3, 3)
     depthwise = wide.c4[1].depthwise.conv
-    assert depthwise.groups == depthwise.in_channels == 488
+    assert depthwise.groups == depthwise.in_channels == 486
+    same = importlib.import_module("growth").widened(importlib.import_module("model").Net(), 1.0)
+    assert sum(p.numel() for p in same.parameters()) == 2_034_040

@@ -156,6 +156,31 @@ def test_what_one_augmentation_draws_does_not_depend_on_the_others():
     for index in range(20):
         differs = (crop[2, index][0] != both[2, index][0]).any(0)
         assert differs.sum() <= 64
+    affine, more = CIFAR10(augment=["affine"]), CIFAR10(augment=["affine", "cutout"])
+    for index in range(20):
+        differs = (affine[2, index][0] != more[2, index][0]).any(0)
+        assert differs.sum() <= 64
+
+
+def test_a_transform_refuses_single_images_and_too_few_draws():
+    transform = train_transform()
+    picture = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"expected images=.*got.*image \(32, 32, 3\)"):
+        transform(image=picture, draws=np.zeros((1, len(DRAWN_FOR))))
+    with pytest.raises(ValueError, match=r"got images \(2, 32, 32, 3\), draws \(1, 6\)"):
+        transform(images=np.stack([picture, picture]), draws=np.zeros((1, len(DRAWN_FOR))))
+
+
+def test_transforms_survive_albumentations_own_serialisation():
+    transform, images = (
+        train_transform(AUGMENTATIONS),
+        np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8),
+    )
+    draws = np.random.default_rng(1).random((4, len(DRAWN_FOR)))
+    again = A.from_dict(A.to_dict(transform))
+    np.testing.assert_array_equal(
+        again(images=images, draws=draws)["images"], transform(images=images, draws=draws)["images"]
+    )
 
 
 def test_flips_alternate_so_that_two_epochs_show_both_sides():

@@ -63,8 +63,16 @@ def test_batchnorm_follows_every_convolution_and_no_convolution_has_a_bias():
         assert conv.bias is None
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 40)])
-def test_any_size_from_32_gives_one_position_after_the_gap_and_log_probabilities(size):
+def test_the_blocks_halve_the_image_to_16_8_and_4_pixels(images):
+    net, shapes = Net().eval(), []
+    for block in (net.c1, net.c2, net.c3, net.c4, net.gap):
+        block.register_forward_hook(lambda block, inputs, output: shapes.append(output.shape[1:]))
+    net(images)
+    assert shapes == [(80, 16, 16), (224, 8, 8), (324, 4, 4), (186, 4, 4), (186, 1, 1)]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (33, 47), (64, 40)])
+def test_any_size_from_16_gives_one_position_after_the_gap_and_log_probabilities(size):
     net, shapes = Net().eval(), []
     net.gap.register_forward_hook(lambda module, args, output: shapes.append(output.shape[2:]))
     log_probs = net(torch.randn(2, 3, *size))

@@ -66,7 +66,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     model = Net()
     Path("runs/NAME").mkdir(parents=True)
     torch.save(model.state_dict(), "runs/NAME/model.pt")
-    small = {"Config(epochs=20)": "Config(epochs=1, batch_size=100, workers=0)", "workers=2": "workers=0"}
+    small = {"Config(epochs=40)": "Config(epochs=1, batch_size=100, workers=0)", "workers=2": "workers=0"}
     names = {"__name__": "__main__", "my_network": Net(), "images": torch.zeros(2, 3, 32, 32)}
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for example in examples:
