@@ -5,11 +5,12 @@ READY := .venv/.ready
 EPOCHS ?=
 PARAMETERS := $(if $(EPOCHS),-p epochs $(EPOCHS))
 
-.PHONY: help run test train lint results readme clean
+.PHONY: help run test browser train lint results readme clean
 
 help:
 	@echo "make run     run the notebook top to bottom, into runs/ (EPOCHS=N for another length)"
 	@echo "make test    run the tests"
+	@echo "make browser run the notebook in JupyterLab, in Chromium, and keep screenshots in runs/browser/"
 	@echo "make train   train from the command line with the default settings"
 	@echo "make lint    check style and formatting"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
@@ -35,6 +36,9 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+browser: $(READY)
+	$(BIN)/python -m pytest -m browser
 
 train: $(READY)
 	$(BIN)/python train.py $(if $(EPOCHS),--epochs $(EPOCHS))

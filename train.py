@@ -106,7 +106,7 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
     ranks = distributed.world_size()
     run.say(
         f"{type(model).__name__}, {run.result['parameters']:,} parameters, on {len(train_loader.dataset):,} images of "
-        f"{config.data}; {runtime}{f', {ranks} processes' if ranks > 1 else ''}; results in {run.folder}"
+        f"{config.data}; {runtime}{f', {ranks} processes' if ranks > 1 else ''}\nresults in {run.folder}"
         + (f", going on after {run.epochs} epochs and {run.meter.steps} steps" if config.resume else "")
     )
     try:

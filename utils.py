@@ -150,7 +150,7 @@ def plot_per_class(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) ->
     axes.bar_label(bars, fmt="%.1f", fontsize=9)
     axes.axhline(mean, color=TEST, linestyle="--", linewidth=1)
     low = np.nanmin(list(accuracy.values()))
-    axes.set(ylabel="accuracy (%)", ylim=(max(0, low - 10), 102), title=f"Accuracy per class; {mean:.2f} % of all")
+    axes.set(ylabel="accuracy (%)", ylim=(max(0, low - 10), 105), title=f"Accuracy per class; {mean:.2f} % of all")
     axes.tick_params(axis="x", labelrotation=0 if classes[0] == "plane" else 45)
     plt.close(figure)
     return figure
