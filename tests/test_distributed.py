@@ -112,7 +112,7 @@ with distributed.process_group("cpu"):
         torch.testing.assert_close(2 * ours.grad, theirs.grad)  # DistributedDataParallel takes the mean of the two
     torch.testing.assert_close(dict(two[0].named_buffers()), dict(one.named_buffers()))
     torch.testing.assert_close(two(part), one(part))  # each alone again
-    del network  # outliving the process group, it sometimes aborts Python at the end
+    del network, output  # outliving the process group, they sometimes abort Python at the end
     print("equal")
 """
 
