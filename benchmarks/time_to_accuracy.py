@@ -1,7 +1,7 @@
 """Accuracy against training time: short and long runs, beside the original and airbench94_muon.
 
-`python benchmarks/time_to_accuracy.py --epochs 1 6 20 --seeds 0 1 2` trains, from CIFAR-10 (see the README), a run for
-each number of epochs and each seed, saved in runs/ and not repeated when it is there already, then prints a table.
+`python benchmarks/time_to_accuracy.py --epochs 0.5 1 6 20 --seeds 0 1 2` trains, from CIFAR-10 (see the README), a run
+for each number of epochs and each seed, saved in runs/ and not repeated when it is there already, then prints a table.
 Training time is that of the training steps with the waiting for images, without evaluation. The time of the original
 is that of a step on this machine, on one batch, with its batch size, precision and layout, times its 31,250 steps; that
 of airbench94_muon is that of a step of its layers in our loop, on one batch of its 2,000 images, with our precision and
@@ -22,8 +22,11 @@ from baselines import airbench94_muon_network, original_network
 from common import alternate, largest_convolution, middle, report, training_step
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
-from config import Config
+from config import Config, keep_freed_memory
+from dataset import make_loader
+from engine import Meter, train_one_epoch
 from model import Net
 from optim import recipe_optimizer
 from train import evaluate, fit, make_loaders
@@ -63,6 +66,23 @@ def run(epochs: int, seed: int) -> dict[str, float]:
     }
 
 
+def run_part(share: float, seed: int) -> dict[str, float]:
+    """As `run`, but an epoch over the first `share` of the training images only, which are in no order, unsaved."""
+    config = Config(epochs=1, seed=seed, augment=SHORT_AUGMENT)
+    keep_freed_memory()
+    torch.manual_seed(seed)
+    model = Net().to(memory_format=torch.channels_last)
+    train_loader, test_loader = make_loaders(config)
+    part = train_loader.dataset.subset(range(round(share * len(train_loader.dataset))), config.augment)
+    loader = make_loader(part, config.batch_size, train=True, workers=config.workers)
+    optimizer = recipe_optimizer(model, config.lr)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / len(loader))
+    meter = Meter(torch.zeros(2))
+    train_one_epoch(model, loader, optimizer, scheduler, label_smoothing=config.label_smoothing, meter=meter)
+    plain, averaged = (evaluate(network, test_loader)[1] for network in (model, SixViews(model)))
+    return {"seconds": meter.seconds, "plain": plain, "averaged": averaged}
+
+
 def baseline_seconds() -> tuple[float, float, float]:
     """Of the original's 20 epochs and airbench94_muon's 8 in training steps, and a large convolution's GFLOP/s."""
     original = original_network().train()
@@ -84,20 +104,20 @@ def baseline_seconds() -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 6, Config().epochs])
+    parser.add_argument("--epochs", type=float, nargs="+", default=[0.5, 1, 6, Config().epochs])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     original, peer, limit = baseline_seconds()
     rows = []
     for epochs in arguments.epochs:
-        results = [run(epochs, seed) for seed in arguments.seeds]
+        results = [run_part(epochs, seed) if epochs < 1 else run(int(epochs), seed) for seed in arguments.seeds]
         columns = {key: [result[key] for result in results] for key in results[0]}
         mean = {key: statistics.fmean(values) for key, values in columns.items()}
         spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in columns.items()}
         texts = [f"{mean[key]:.2f} ± {spread[key]:.2f}" for key in ("plain", "averaged")]
         seconds = mean["seconds"]
         ratios = f"1/{original / seconds:.0f}", f"{seconds / peer:.2f}"
-        rows.append((epochs, len(results), *texts, round(seconds), round(seconds * limit / 425), *ratios))
+        rows.append((f"{epochs:g}", len(results), *texts, round(seconds), round(seconds * limit / 425), *ratios))
     report(
         "time_to_accuracy",
         (

@@ -13,6 +13,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the code, on the CPU
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # a test may import it before `transforms` says so
 
+import nbformat
 import torch
 from torchvision import datasets
 
@@ -79,6 +80,25 @@ def driver(tiny: TinyCIFAR10, tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def tiny_notebook(tiny: TinyCIFAR10, monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
+    """The notebook without outputs, set to two epochs on the tiny data, for a kernel that finds our modules."""
+    repository = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws into the notebook
+    notebook = nbformat.read(repository / "S9_Final.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = (
+        "from torchvision import datasets\n"
+        f"for name, value in {tiny.expectations()!r}.items():\n    setattr(datasets.CIFAR10, name, value)\n"
+        f"data, data_dir, epochs, batch_size, seed, resume = 'cifar10', {str(tiny.root)!r}, 2, 50, 0, None"
+    )
+    return notebook
 
 
 @pytest.fixture(autouse=True)

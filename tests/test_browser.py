@@ -27,21 +27,9 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="ther
 
 
 @pytest.fixture
-def lab(tiny, tmp_path, monkeypatch) -> Iterator[str]:
-    """The address of a JupyterLab, whose folder holds the notebook, set to the tiny data and without outputs."""
-    notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
-    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source = (
-        "from torchvision import datasets\n"
-        f"for name, value in {json.dumps(tiny.expectations())}.items():\n    setattr(datasets.CIFAR10, name, value)\n"
-        f"data, data_dir, epochs, batch_size, seed, resume = 'cifar10', {str(tiny.root)!r}, 2, 50, 0, None"
-    )
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, tmp_path / "S9_Final.ipynb")
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.delenv("MPLBACKEND", raising=False)
+def lab(tiny_notebook, tmp_path, monkeypatch) -> Iterator[str]:
+    """The address of a JupyterLab whose folder holds the notebook."""
+    nbformat.write(tiny_notebook, tmp_path / "S9_Final.ipynb")
     for kind in ("CONFIG", "DATA", "RUNTIME"):
         monkeypatch.setenv(f"JUPYTER_{kind}_DIR", str(tmp_path / "jupyter" / kind.lower()))
     settings = {
@@ -86,10 +74,11 @@ ENDED = f"""{CODE_CELLS}.some(cell => cell.outputs.some(output => output.output_
 def test_restart_and_run_all_shows_bars_and_figures_and_no_error(lab):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(120_000)
         page.goto(f"{lab}/lab/tree/S9_Final.ipynb?reset")
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         page.wait_for_function(
             "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
         )
@@ -98,7 +87,7 @@ def test_restart_and_run_all_shows_bars_and_figures_and_no_error(lab):
         page.get_by_role("button", name="Confirm Kernel Restart").click()
 
         bar = page.locator(".jp-OutputArea .widget-hprogress, .jp-OutputArea .jupyter-widgets [role=progressbar]").first
-        bar.wait_for(timeout=120_000)
+        bar.wait_for()
         bar.scroll_into_view_if_needed()
         page.screenshot(path=SCREENSHOTS / "bar.png")
 
@@ -114,6 +103,7 @@ def test_restart_and_run_all_shows_bars_and_figures_and_no_error(lab):
         assert not page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count()
         assert not page.locator(".jp-OutputArea .widget-hprogress").count(), "a bar stayed behind"
         page.set_viewport_size({"width": 1280, "height": 8000})  # so that the whole notebook is in the picture
+        page.locator(".jp-Cell").first.scroll_into_view_if_needed()
         page.wait_for_timeout(1000)
         page.locator(".jp-Notebook").screenshot(path=SCREENSHOTS / "notebook.png")
         browser.close()
