@@ -52,10 +52,10 @@ def table(runs: list[dict]) -> str:
     first = runs[0]
     accuracies = [run["history"]["test_accuracy"][-1] for run in runs]
     spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-    each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+    each = ": " + ", ".join(f"{accuracy:.2f}" for accuracy in accuracies) if len(runs) > 1 else ""
     ours = (
         "**this network**",
-        f"**{mean(runs, 'test_accuracy')} %**{spread} (last epoch, n = {len(runs)}: {each})",
+        f"**{mean(runs, 'test_accuracy')} %**{spread} (last epoch, n = {len(runs)}{each})",
         f"{mean(runs, 'train_accuracy')} % (augmented images, while learning)",
         f"{first['parameters']:,}",
         f"{multiply_adds() / 1e6:.0f} million",
