@@ -102,12 +102,11 @@ def conv_bn(
 ) -> nn.Sequential:
     """Convolution without bias, [2x2 max pool], BatchNorm, [SiLU]; (N, in, H, W) -> (N, out, H, W) or half of it.
 
-    Pooling comes before BatchNorm so that the rest handles a quarter of the numbers; of an odd number of
-    rows or columns it keeps the last. SiLU was as good as GELU on held-out images, within the noise of one run, and is
-    cheaper. Dense 3x3 filters
-    start as the identity on as many channels as there are (Zagoruyko & Komodakis, "DiracNets", 2017), so
-    the deep network begins as a shallow one. BatchNorm's running statistics have PyTorch's momentum of 0.1,
-    an average over the last ten batches or so.
+    Pooling comes before BatchNorm so that the rest handles a quarter of the numbers; of an odd number of rows or
+    columns it keeps the last. SiLU was as good as GELU on held-out images, within the noise of one run, and is cheaper.
+    Dense 3x3 filters start as the identity on as many channels as there are (Zagoruyko & Komodakis, "DiracNets", 2017),
+    so the deep network begins as a shallow one. BatchNorm's running statistics have PyTorch's momentum of 0.1, an
+    average over the last ten batches or so.
     """
     if padding is None:
         padding = dilation * (kernel_size // 2)

@@ -172,8 +172,8 @@ def plot_architecture(model: nn.Module, size: int = SIZE) -> Figure:
         probe(torch.zeros(1, 3, size, size))
     figure, axes = plt.subplots(figsize=(12, 3.6), layout="constrained")
     step, bottom, ends, used = 13.5, -0.6 * size, {}, {}
-    x = 0.0
-    axes.add_patch(Rectangle((x - 1.5, -size / 2), 3, size, facecolor="w", edgecolor="k"))
+    x = 0.0  # the middle of what is drawn last
+    axes.add_patch(Rectangle((-1.5, -size / 2), 3, size, facecolor="w", edgecolor="k"))
     axes.text(x, bottom, f"image\n3, {size}×{size}", ha="center", va="top")
     for block, field in receptive_field(probe).items():
         x += 4
@@ -181,16 +181,9 @@ def plot_architecture(model: nn.Module, size: int = SIZE) -> Figure:
         for name in (name for name in layers if name.startswith(f"{block}.")):
             x += step
             channels, height, width = shapes[name]
-            kind = _kind(layers[name].conv)
-            used[kind] = Rectangle(
-                (x - channels / 72, -height / 2),
-                channels / 36,
-                height,
-                facecolor=KINDS[kind],
-                edgecolor="k",
-                label=kind,
-            )
-            axes.add_patch(used[kind])
+            kind, drawn = _kind(layers[name].conv), channels / 36  # the latter is how wide it is drawn
+            look = {"facecolor": KINDS[kind], "edgecolor": "k", "label": kind}
+            used[kind] = axes.add_patch(Rectangle((x - drawn / 2, -height / 2), drawn, height, **look))
             axes.text(x, bottom, f"{channels}\n{height}×{width}", ha="center", va="top")
             ends[name] = x - step / 2, x + step / 2, height / 2
         right = x + step / 2
