@@ -15,9 +15,13 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # a test may import it before `tra
 
 import nbformat
 import torch
+from matplotlib.figure import Figure
+from small_runs import quick, small_network, weights
+from torch import Tensor
 from torchvision import datasets
 
 from storage import ARCHIVE, FOLDER, draw_synthetic
+from train import fit
 
 TRAIN_COUNT, TEST_COUNT = 200, 100
 
@@ -111,3 +115,25 @@ def tiny_root(tiny: TinyCIFAR10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     return tiny.root
+
+
+@pytest.fixture
+def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves would take most of the time of a small run."""
+    monkeypatch.setattr("runs.plot_curves", lambda history: Figure())
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny: TinyCIFAR10) -> tuple[Tensor, dict]:
+    """The weights and the history of a small run that nobody stopped."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("uninterrupted"))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in tiny.expectations().items():
+                patch.setattr("torchvision.datasets.CIFAR10." + name, value)
+            model = small_network()
+            history = fit(quick(data_dir=tiny.root), model)
+    finally:
+        os.chdir(before)
+    return weights(model), history

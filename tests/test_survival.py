@@ -1,8 +1,6 @@
-"""No run is lost: what is interrupted goes on bit for bit, and what the machine does to it is named and survived."""
+"""What the machine does to a run is named and survived: full disks, dying processes, kills at any instant."""
 
 import errno
-import json
-import math
 import multiprocessing
 import os
 import random
@@ -15,174 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
+from small_runs import files_of, quick, signal_at, small_network, timeless, weights
 from torch import Tensor, nn
 
 import checkpoint
-import train
-from checkpoint import CheckpointError
-from config import Config, SettingError, parse_args
+from config import Config, SettingError
 from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError
 from runs import FILES
 from train import fit
 
-
-def quick(**settings) -> Config:
-    base = {"epochs": 3, "batch_size": 64, "workers": 0, "precision": "fp32", "name": "quick", "save_minutes": 60}
-    return Config(**{**base, **settings})
-
-
-def small_network() -> nn.Module:
-    """With BatchNorm, whose statistics, and dropout, whose random state have to survive, too."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2)]
-    return nn.Sequential(*layers, nn.Linear(8, 10))
-
-
-@pytest.fixture(autouse=True)
-def quick_curves(monkeypatch):
-    """Drawing the curves would take most of the time here."""
-    monkeypatch.setattr("runs.plot_curves", lambda history: Figure())
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
-
-
-def files_of(name: str) -> list[str]:
-    return sorted(file for file in os.listdir(Path("runs", name)) if file != checkpoint.LOCK)
-
-
-def timeless(history: dict) -> dict:
-    return {column: values for column, values in history.items() if column != "seconds"}
-
-
-def signal_at(model: nn.Module, step: int, number: int = signal.SIGINT) -> nn.Module:
-    """Sends this process a signal in the middle of the given step of training, counted from 1."""
-    count = 0
-
-    def send(module: nn.Module, inputs: object, output: object) -> None:
-        nonlocal count
-        count += module.training
-        if module.training and count == step:
-            os.kill(os.getpid(), number)
-
-    model.register_forward_hook(send)
-    return model
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny) -> tuple[Tensor, dict]:
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("uninterrupted"))
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in tiny.expectations().items():
-                patch.setattr("torchvision.datasets.CIFAR10." + name, value)
-            model = small_network()
-            history = fit(quick(data_dir=tiny.root), model)
-    finally:
-        os.chdir(before)
-    return weights(model), history
-
-
-@pytest.mark.parametrize(  # 4 steps an epoch
-    ("step", "workers", "number"), [(1, 0, signal.SIGINT), (4, 1, signal.SIGTERM), (6, 2, signal.SIGINT), (11, 0, 15)]
-)
-def test_a_stopped_run_goes_on_bit_for_bit(uninterrupted, step, workers, number):
-    with pytest.raises(StoppedError, match=r"--resume runs.quick") as stopped:
-        fit(quick(workers=workers), signal_at(small_network(), step, number))
-    assert stopped.value.signal == number
-    model = small_network()
-    history = fit(quick(resume="runs/quick"), model)
-    assert torch.equal(weights(model), uninterrupted[0])
-    assert timeless(history) == timeless(uninterrupted[1])
-    saved = json.loads(Path("runs/quick/metrics.json").read_text())
-    assert saved["history"] == history
-    assert files_of("quick") == sorted(FILES)
-
-
-def test_a_run_stopped_many_times_goes_on_bit_for_bit(uninterrupted):
-    config = quick()
-    for _ in range(5):
-        with pytest.raises(StoppedError):
-            fit(config, signal_at(small_network(), 2))
-        config = quick(resume="runs/quick")
-    model = small_network()
-    fit(config, model)
-    assert torch.equal(weights(model), uninterrupted[0])
-
-
-def test_a_second_signal_leaves_at_once(monkeypatch):
-    class Impatient(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            os.kill(os.getpid(), signal.SIGINT)
-            monkeypatch.setattr(checkpoint.time, "monotonic", lambda: math.inf)
-            os.kill(os.getpid(), signal.SIGINT)
-            return self.net(x)
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(quick(), Impatient())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_the_command_line_goes_on_with_the_settings_of_the_run(monkeypatch, capsys):
-    with pytest.raises(StoppedError):
-        fit(quick(lr=0.1), signal_at(small_network(), 3))
-    resumed = parse_args(["--resume", "runs/quick", "--workers", "1"])
-    assert (resumed.lr, resumed.epochs, resumed.workers, resumed.resume) == (0.1, 3, 1, "runs/quick")
-    monkeypatch.setattr(train, "Net", lambda: signal_at(small_network(), 1, signal.SIGTERM))
-    assert train.main(["--resume", "runs/quick"]) == 128 + signal.SIGTERM
-    assert "python train.py --resume runs" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse_args(["--resume", "runs/nowhere"])
-    assert "cannot read the checkpoint" in capsys.readouterr().err
-
-
-def test_other_settings_are_refused_by_name_and_nothing_is_lost(uninterrupted):
-    with pytest.raises(StoppedError):
-        fit(quick(), signal_at(small_network(), 6))
-    before = Path("runs/quick/last.pt").read_bytes()
-    with pytest.raises(SettingError, match=r"lr 0.2 \(the run has 0.12\); seed 1 \(the run has 0\)"):
-        fit(quick(resume="runs/quick", lr=0.2, seed=1), small_network())
-    with pytest.raises(CheckpointError, match="does not fit this network"):
-        fit(quick(resume="runs/quick"), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
-    assert Path("runs/quick/last.pt").read_bytes() == before
-
-
-def test_more_epochs_follow_the_longer_schedule_and_fewer_are_refused(capsys):
-    fit(quick(epochs=2), small_network())
-    history = fit(quick(epochs=4, resume="runs/quick"), small_network())
-    assert "epochs 2 -> 4" in capsys.readouterr().out
-    assert history["epoch"] == [1, 2, 3, 4]
-    assert history["lr"] == pytest.approx([0.12, 0.06, 0.06, 0.03])
-    with pytest.raises(SettingError, match="is one of 4, got 3"):
-        fit(quick(epochs=3, resume="runs/quick"), small_network())
-
-
-def test_a_finished_run_is_not_trained_on():
-    model = small_network()
-    history = fit(quick(epochs=1), model)
-    again = small_network()
-    assert fit(quick(epochs=1, resume="runs/quick"), again) == history
-    assert torch.equal(weights(again), weights(model))
-
-
-def test_a_run_is_overwritten_only_when_told():
-    fit(quick(epochs=1), small_network())
-    Path("runs/quick/notes.txt").write_text("mine")
-    before = Path("runs/quick/metrics.json").read_bytes()
-    with pytest.raises(SettingError, match="holds a run already"):
-        fit(quick(epochs=1), small_network())
-    assert Path("runs/quick/metrics.json").read_bytes() == before
-    fit(quick(epochs=1, overwrite=True), small_network())
-    assert Path("runs/quick/notes.txt").read_text() == "mine"
-    with pytest.raises(SettingError, match="give one of them"):
-        quick(overwrite=True, resume="runs/quick")
+pytestmark = pytest.mark.usefixtures("quick_curves")
 
 
 def test_a_full_disk_costs_neither_the_run_nor_the_last_checkpoint(monkeypatch, capsys):

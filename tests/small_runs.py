@@ -1,0 +1,49 @@
+"""Runs that take a second, and what the tests of stopping and resuming do with them."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from config import Config
+
+
+def quick(**settings) -> Config:
+    base = {"epochs": 3, "batch_size": 64, "workers": 0, "precision": "fp32", "name": "quick", "save_minutes": 60}
+    return Config(**{**base, **settings})
+
+
+def small_network() -> nn.Module:
+    """With BatchNorm, whose statistics, and dropout, whose random state have to survive, too."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Linear(8, 10))
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+def files_of(name: str) -> list[str]:
+    return sorted(file for file in os.listdir(Path("runs", name)) if file != checkpoint.LOCK)
+
+
+def timeless(history: dict) -> dict:
+    return {column: values for column, values in history.items() if column != "seconds"}
+
+
+def signal_at(model: nn.Module, step: int, number: int = signal.SIGINT) -> nn.Module:
+    """Sends this process a signal in the middle of the given step of training, counted from 1."""
+    count = 0
+
+    def send(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal count
+        count += module.training
+        if module.training and count == step:
+            os.kill(os.getpid(), number)
+
+    model.register_forward_hook(send)
+    return model
