@@ -18,7 +18,7 @@ import torch
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"  # the file that says that a process is writing to the folder, and which launch of torchrun it is from
 SCRATCH = ".new"  # ends the name of a file that is being written

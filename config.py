@@ -84,7 +84,7 @@ class Config:
                 ok = value is None or (isinstance(value, str) and value not in ("", "..") and Path(value).name == value)
                 expected = "a plain name, without folders"
             else:
-                ok, expected = value is None or (isinstance(value, str | os.PathLike) and str(value)), "a path"
+                ok, expected = value is None or (isinstance(value, str | os.PathLike) and bool(str(value))), "a path"
                 if ok and value:
                     object.__setattr__(self, field.name, os.fspath(value))
             if not ok:
@@ -114,9 +114,9 @@ def parse_args(arguments: list[str] | None = None) -> Config:
             options |= {"metavar": field.name.split("_")[-1].upper()}
         if field.name == "augment":
             options |= {"nargs": "*"}
-        if field.default not in (None, False):
-            default = " ".join(field.default) if field.name == "augment" else field.default
-            options["help"] += f" (default: {default})"
+        default: Any = field.default
+        if default not in (None, False):
+            options["help"] += f" (default: {' '.join(default) if field.name == 'augment' else default})"
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(arguments))
     try:

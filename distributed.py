@@ -9,7 +9,7 @@ import os
 import types
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -99,7 +99,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
     """What `make()` returns on rank 0, given to all; what it raises there is raised by all."""
     if world_size() == 1:
         return make()
-    box = _outcome(make) if rank() == 0 else [None, None]
+    box: list[Any] = _outcome(make) if rank() == 0 else [None, None]
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
@@ -136,7 +136,7 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
         return
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for layer in layers:
-        layer.forward = types.MethodType(_whole_batch_norm, layer)
+        layer.forward = types.MethodType(_whole_batch_norm, layer)  # type: ignore[method-assign]
     try:
         yield DistributedDataParallel(model, forward_sync_buffers=False)
     finally:
@@ -171,8 +171,8 @@ def _whole_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
     mean = sums[:channels] / total
     variance = (sums[channels:-1] / total - mean.square()).clamp(min=0)
     mean = mean + origin
-    if layer.track_running_stats:
-        layer.num_batches_tracked += 1
+    if layer.num_batches_tracked is not None and layer.running_mean is not None and layer.running_var is not None:
+        layer.num_batches_tracked.add_(1)
         momentum = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
         with torch.no_grad():
             layer.running_mean.lerp_(mean, momentum)

@@ -64,7 +64,7 @@ def train_one_epoch(
     model.train()
     meter = Meter(torch.zeros(2, device=runtime.device)) if meter is None else meter
     before, started = meter.seconds, time.perf_counter()
-    with _bar(title, len(loader.dataset), meter.images, progress) as bar:
+    with _bar(title, image_count(loader), meter.images, progress) as bar:
         for images, labels in loader:
             images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
             with runtime.autocast():
@@ -91,6 +91,11 @@ def train_one_epoch(
             if after_step:
                 after_step()
     return _means(meter, title)
+
+
+def image_count(loader: DataLoader) -> int:
+    """Of the dataset behind a loader; torch declares no length for datasets, since some have none."""
+    return len(loader.dataset)  # type: ignore[arg-type]
 
 
 def _means(meter: Meter, title: str) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The optimizer: orthogonalised momentum for dense convolution filters, Adam for everything else."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "orthogonal": orthogonal, "rescale": rescale})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -100,7 +101,9 @@ def recipe_optimizer(model: nn.Module, lr: float = 0.12) -> Muon:
     Jordan pairs with Muon. Filters are rescaled where the network has BatchNorm at all, taken to stand behind every
     dense convolution; where it does not, pretrained filters would lose their scale.
     """
-    filters, biases, rest = [], [], []
+    filters: list[Tensor] = []
+    biases: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             dense = parameter.ndim == 4 and parameter.shape[1] > 1 and parameter[0].numel() >= 32

@@ -44,7 +44,8 @@ class Run:
     ) -> None:
         self.config, self.started, self.saved_at = config, time.perf_counter(), time.perf_counter()
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.meter, self.lock = Meter(torch.zeros(2, device=runtime.device)), None
+        self.meter = Meter(torch.zeros(2, device=runtime.device))
+        self.lock: io.TextIOBase | None = None
         self.errors: dict[str, OSError] = {}  # why the last writing of a file failed
         self.result: dict[str, Any] = {
             "data": config.data,

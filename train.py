@@ -6,6 +6,7 @@ From a notebook: `history = fit(Config(epochs=4), model)`. From a terminal: `pyt
 import math
 import os
 import sys
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,8 +16,8 @@ from torch.utils.data import DataLoader
 import distributed
 from checkpoint import CheckpointError, StopRequest, stop_requests
 from config import Config, Runtime, SettingError, choose_runtime, keep_freed_memory, parse_args
-from dataset import CIFAR10, end_workers, make_loader
-from engine import evaluate, predict, train_one_epoch
+from dataset import CIFAR10, EpochSampler, end_workers, make_loader
+from engine import evaluate, image_count, predict, train_one_epoch
 from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError, failure_of_the_machine
 from model import Net
 from optim import recipe_optimizer
@@ -28,7 +29,7 @@ __all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "train_one_ep
 
 def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, DataLoader]:
     """The training loader and the test loader (or that of the held-out training images) for these settings."""
-    source = {"data": config.data, "data_dir": config.data_dir, "seed": config.seed}
+    source: dict[str, Any] = {"data": config.data, "data_dir": config.data_dir, "seed": config.seed}
     train_set = CIFAR10(train=True, augment=config.augment, **source)
     if config.holdout:
         if config.holdout >= len(train_set):
@@ -46,7 +47,8 @@ def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, 
             f"batch_size must be a multiple of the {ranks} processes and leave none of them without images in the last "
             f"batch of the {size}, got {config.batch_size}"
         )
-    options = {"batch_size": config.batch_size, "pin_memory": pin_memory, "rank": distributed.rank(), "ranks": ranks}
+    options: dict[str, Any] = {"batch_size": config.batch_size, "pin_memory": pin_memory}
+    options |= {"rank": distributed.rank(), "ranks": ranks}
     return (
         make_loader(train_set, train=True, workers=config.workers, **options),
         make_loader(test_set, train=False, **options),
@@ -101,11 +103,12 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
     steps = config.epochs * len(train_loader)
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / steps)
     run = Run(config, model, optimizer, scheduler, runtime)
-    train_loader.sampler.epoch, train_loader.sampler.start = run.epochs, run.meter.images
+    sampler = cast(EpochSampler, train_loader.sampler)
+    sampler.epoch, sampler.start = run.epochs, run.meter.images
 
     ranks = distributed.world_size()
     run.say(
-        f"{type(model).__name__}, {run.result['parameters']:,} parameters, on {len(train_loader.dataset):,} images of "
+        f"{type(model).__name__}, {run.result['parameters']:,} parameters, on {image_count(train_loader):,} images of "
         f"{config.data}; {runtime}{f', {ranks} processes' if ranks > 1 else ''}\nresults in {run.folder}"
         + (f", going on after {run.epochs} epochs and {run.meter.steps} steps" if config.resume else "")
     )

@@ -1,5 +1,7 @@
 """The layouts that `Net` is compared with: of the network that this project reimplements, and of airbench94_muon."""
 
+from typing import Any
+
 from common import FOLDER  # noqa: F401  (puts the repository on the path)
 from torch import nn
 
@@ -11,7 +13,7 @@ def original_network() -> nn.Module:
     meant to be depthwise has three groups, and the classifier's first layer alone has 819,300 parameters.
     """
 
-    def block(in_channels: int, out_channels: int, kernel_size: int = 3, **options: int | bool) -> list[nn.Module]:
+    def block(in_channels: int, out_channels: int, kernel_size: int = 3, **options: Any) -> list[nn.Module]:
         convolution = nn.Conv2d(in_channels, out_channels, kernel_size, **{"bias": False, **options})
         return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
@@ -46,7 +48,7 @@ def airbench94_muon_network() -> nn.Module:
     """
 
     def block(in_channels: int, out_channels: int) -> list[nn.Module]:
-        options = {"kernel_size": 3, "padding": 1, "bias": False}
+        options: dict[str, Any] = {"kernel_size": 3, "padding": 1, "bias": False}
         wide, deep = nn.Conv2d(in_channels, out_channels, **options), nn.Conv2d(out_channels, out_channels, **options)
         first = [wide, nn.MaxPool2d(2), nn.BatchNorm2d(out_channels), nn.GELU()]
         return [*first, deep, nn.BatchNorm2d(out_channels), nn.GELU()]

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -19,15 +19,17 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from config import Config, choose_runtime, describe_hardware, keep_freed_memory  # noqa: E402
 from engine import train_one_epoch  # noqa: E402
 
+K = TypeVar("K")
 
-def alternate(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+
+def alternate(candidates: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[float]]:
     """Seconds of each candidate in each round; they take turns, so that a busy machine harms all of them alike.
 
     Each is called once before, uncounted.
     """
     for run in candidates.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds: dict[K, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
             started = time.perf_counter()
@@ -65,7 +67,8 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size
     keep_freed_memory()
     model.to(memory_format=torch.channels_last)
     images, labels = random_batch(batch_size)
-    options = {"runtime": choose_runtime("cpu"), "label_smoothing": Config().label_smoothing, "progress": False}
+    options: dict[str, Any] = {"runtime": choose_runtime("cpu"), "progress": False}
+    options["label_smoothing"] = Config().label_smoothing
     one_batch = DataLoader(TensorDataset(images[None], labels[None]), batch_size=None)
     return lambda: train_one_epoch(model, one_batch, optimizer, **options)
 

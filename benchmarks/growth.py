@@ -4,6 +4,8 @@
 that with the number of images, for an epoch is a fixed number of steps; benchmarks/time_to_accuracy.py shows it.
 """
 
+from typing import Any
+
 import torch
 from common import alternate, middle, report, training_step
 from torch import nn
@@ -26,9 +28,9 @@ def widened(model: nn.Module, factor: float) -> nn.Module:
         attribute = name.rpartition(".")[2]
         if isinstance(layer, nn.Conv2d):
             groups = wide(layer.groups) if layer.groups > 1 else 1
-            shape = wide(layer.in_channels), wide(layer.out_channels), layer.kernel_size
-            options = {"padding": layer.padding, "dilation": layer.dilation, "groups": groups, "bias": False}
-            setattr(parent, attribute, nn.Conv2d(*shape, **options))
+            options: dict[str, Any] = {"kernel_size": layer.kernel_size, "padding": layer.padding, "bias": False}
+            options |= {"dilation": layer.dilation, "groups": groups}
+            setattr(parent, attribute, nn.Conv2d(wide(layer.in_channels), wide(layer.out_channels), **options))
         elif isinstance(layer, nn.BatchNorm2d):
             setattr(parent, attribute, nn.BatchNorm2d(wide(layer.num_features)))
         elif isinstance(layer, nn.Linear):
@@ -39,7 +41,7 @@ def widened(model: nn.Module, factor: float) -> nn.Module:
 def main() -> None:
     torch.manual_seed(0)
     default = Config().batch_size
-    rows = []
+    rows: list[tuple] = []
     batches = {
         size: training_step(net := Net(), recipe_optimizer(net), size) for size in (125, 250, default, 1000, 2000)
     }

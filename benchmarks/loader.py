@@ -8,6 +8,7 @@ measured with the original's augmentations and with ours, which is the fair comp
 import os
 import statistics
 from collections.abc import Iterable
+from functools import partial
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -88,7 +89,7 @@ def main() -> None:
     }
     loaders = {**usual, "ours": make_loader(part, BATCH_SIZE, train=True, workers=1)}
     step = training_step(model := Net(), recipe_optimizer(model), BATCH_SIZE)
-    seconds = alternate({name: lambda given=loader: run_through(given) for name, loader in loaders.items()}, ROUNDS)
+    seconds = alternate({name: partial(run_through, loader) for name, loader in loaders.items()}, ROUNDS)
     seconds["consumed by the training step alone"] = [
         s * IMAGES / BATCH_SIZE for s in alternate({"step": step}, 20)["step"]
     ]

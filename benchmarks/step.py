@@ -78,7 +78,7 @@ def main() -> None:
     counts: dict[str, int] = {}  # operations
     for name, times in alone.items():
         layer = model.get_submodule(name)
-        part = f"{name} {tuple(layer.weight.shape)}" if layers[name][1] else type(layer).__name__
+        part = f"{name} {tuple(layer.get_parameter('weight').shape)}" if layers[name][1] else type(layer).__name__
         parts[part] = [a + b for a, b in zip(parts.get(part, [0.0] * ROUNDS), times, strict=True)]
         counts[part] = counts.get(part, 0) + layers[name][1]
     parts |= {"optimizer": seconds["optimizer"], "the whole step": seconds["step"]}
