@@ -16,6 +16,11 @@ from storage import draw_synthetic, load_cifar10
 from transforms import DRAWN_FOR, eval_transform, train_transform
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Of the classes in pictures, in their order; colour-blind safe (Petroff, "Accessible color sequences", 2021).
+CLASS_COLOURS = (
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
 SIZE = 32  # pixels, height and width
 FLIPS, ORDER, AUGMENTATION = 1, 2, 3  # stand behind the seed, so that no two uses draw the same numbers
 
@@ -65,7 +70,8 @@ class CIFAR10(Dataset):
         self.classes = CLASSES if data == "cifar10" else tuple(f"synthetic {k}" for k in range(10))
         images, labels = load_cifar10(train, data_dir) if data == "cifar10" else draw_synthetic(train)
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
-        self._whole, self._rows = len(images), np.arange(len(images))  # a subset keeps its rows in the whole set
+        self._whole = len(images)
+        self._rows: np.ndarray = np.arange(len(images))  # where they stand in the whole set; a subset keeps them
 
     def __len__(self) -> int:
         return len(self.images)
@@ -160,7 +166,7 @@ def end_workers(loader: DataLoader) -> None:
     """Ends the processes of a loader now. An exception would keep them, and ending them later can take a minute."""
     if loader._iterator is not None:
         with contextlib.suppress(RuntimeError):  # of one that was killed
-            loader._iterator._shutdown_workers()
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _start_worker(worker: int) -> None:

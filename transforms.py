@@ -72,32 +72,67 @@ class Flip(BatchTransform):
         return np.where(draws[:, :, None, None] < 0.5, images, images[:, :, ::-1])
 
 
-class Affine(BatchTransform):
-    """Shifts by up to 5 %, scales by 0.9 to 1.1 and rotates by up to 10 degrees, half of the time.
+class OneByOne(BatchTransform):
+    """An Albumentations transform called for one image after the other, for where the work itself takes long."""
 
-    Here the work itself takes long, so Albumentations does it image by image.
-    """
+    numbers = 1
+    transform: A.BasicTransform | A.OneOf
 
-    name, numbers = "affine", 1
+    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
+        changed = []
+        for image, seed in zip(images, (draws[:, 0] * 2**53).astype(int).tolist(), strict=True):
+            self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            changed.append(self.transform(image=image)["image"])
+        return np.stack(changed)
+
+
+class Affine(OneByOne):
+    """Shifts by up to 5 %, scales by 0.9 to 1.1 and rotates by up to 10 degrees, half of the time."""
+
+    name = "affine"
 
     def __init__(self, p: float = 1) -> None:
         super().__init__(p)
-        self.affine = A.Affine(
-            translate_percent=(-0.05, 0.05),
-            scale=(0.9, 1.1),
-            rotate=(-10, 10),
-            keep_ratio=True,
-            border_mode=cv2.BORDER_REFLECT_101,
-            p=0.5,
-            strict=True,
+        self.transform = affine(
+            translate_percent=(-0.05, 0.05), scale=(0.9, 1.1), rotate=(-10, 10), keep_ratio=True, p=0.5
         )
 
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
-        moved = []
-        for image, seed in zip(images, (draws[:, 0] * 2**53).astype(int).tolist(), strict=True):
-            self.affine.set_random_state(np.random.default_rng(seed), random.Random(seed))
-            moved.append(self.affine(image=image)["image"])
-        return np.stack(moved)
+
+class Trivial(OneByOne):
+    """Half of the time, one of thirteen changes of colour or shape, at a strength of its own each time.
+
+    For long trainings, after TrivialAugment (Müller & Hutter, 2021), which changes nearly every image, also blurs, and
+    goes further in most.
+    """
+
+    name = "trivial"
+
+    def __init__(self, p: float = 1) -> None:
+        super().__init__(p)
+        same, none, turn, shear, shift, factor = (1, 1), (0, 0), (-30, 30), (-17, 17), (-0.3, 0.3), (0.1, 1.9)
+        self.transform = A.OneOf(
+            [
+                affine(rotate=turn),
+                affine(shear={"x": shear, "y": none}),
+                affine(shear={"x": none, "y": shear}),
+                affine(translate_percent={"x": shift, "y": none}),
+                affine(translate_percent={"x": none, "y": shift}),
+                A.ColorJitter(factor, same, same, none, p=1),  # brightness
+                A.ColorJitter(same, factor, same, none, p=1),  # contrast
+                A.ColorJitter(same, same, factor, none, p=1),  # saturation
+                A.Sharpen(alpha=(0, 0.9), lightness=same, p=1),
+                A.Posterize(num_bits=(4, 8), p=1),
+                A.Solarize(threshold_range=(0, 1), p=1),
+                A.AutoContrast(method="pil", p=1),  # the other method is nearly Equalize
+                A.Equalize(p=1),
+            ],
+            p=0.5,
+        )
+
+
+def affine(p: float = 1, **options: Any) -> A.Affine:
+    """`A.Affine`, with what comes in at the borders reflected."""
+    return A.Affine(border_mode=cv2.BORDER_REFLECT_101, p=p, strict=True, **options)  # type: ignore[call-arg]
 
 
 class Cutout(BatchTransform):
@@ -114,7 +149,7 @@ class Cutout(BatchTransform):
         return images
 
 
-TRANSFORMS = (Crop, Flip, Affine, Cutout)  # in the order in which they are applied
+TRANSFORMS = (Crop, Flip, Affine, Trivial, Cutout)  # in the order in which they are applied
 AUGMENTATIONS = tuple(transform.name for transform in TRANSFORMS)
 DRAWN_FOR = tuple(transform.name for transform in TRANSFORMS for _ in range(transform.numbers))
 DEFAULT_AUGMENT = ("crop", "flip", "cutout")
@@ -124,7 +159,7 @@ def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT) -> A.Compose:
     """The random part of the training transform, called with `images` and `draws`: see `BatchTransform`.
 
     Args:
-        augment: At least one of "crop", "flip", "affine" and "cutout"; they are applied in this order.
+        augment: At least one of "crop", "flip", "affine", "trivial" and "cutout"; they are applied in this order.
 
     Raises:
         ValueError: A name is not among these, or there is none.

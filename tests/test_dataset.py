@@ -1,5 +1,7 @@
 """The Dataset and its loaders: the right pictures, reproducible and different augmentation, clear refusals."""
 
+import random
+
 import albumentations as A
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torchvision import datasets
 
 from dataset import CIFAR10, CLASSES, EpochSampler, make_loader
 from storage import SYNTHETIC_COUNTS
-from transforms import AUGMENTATIONS, DRAWN_FOR, MEAN, STD, denormalize, eval_transform, train_transform
+from transforms import AUGMENTATIONS, DRAWN_FOR, MEAN, STD, Trivial, denormalize, eval_transform, train_transform
 
 
 def epoch_of(loader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,8 +136,23 @@ def test_each_augmentation_does_what_it_says():
         assert changed.sum() >= 60  # of 64; a pixel may have had the mean colour
         assert np.abs(holed[changed].astype(float) - 255 * np.array(MEAN)).max() <= 1
     assert 5 < sum((d == picture).all() for d in drawn["affine"]) < 55
-    for name in ("crop", "affine", "cutout"):
+    for name in ("crop", "affine", "trivial", "cutout"):
         assert len({d.tobytes() for d in drawn[name]}) > 20, f"{name} repeats itself"
+
+
+def test_the_policy_changes_half_of_the_images_in_thirteen_ways():
+    pictures = np.random.default_rng(0).integers(60, 200, (400, 32, 32, 3), dtype=np.uint8)
+    draws = np.random.default_rng(1).random((400, len(DRAWN_FOR)))
+    changed = train_transform(["trivial"])(images=pictures, draws=draws)["images"]
+    assert 0.4 < (changed != pictures).any((1, 2, 3)).mean() < 0.6
+    ways = Trivial().transform.transforms
+    assert len(ways) == 13
+    outcomes = []
+    for way in ways:
+        way.set_random_state(np.random.default_rng(0), random.Random(0))
+        outcomes.append(np.stack([way(image=picture)["image"].astype(float) for picture in pictures[:20]]))
+    for i, outcome in enumerate(outcomes):
+        assert all(np.abs(outcome - other).mean() > 1 for other in [*outcomes[:i], pictures[:20]]), ways[i]
 
 
 def test_crops_and_holes_are_drawn_from_corner_to_corner():
@@ -151,7 +168,7 @@ def test_crops_and_holes_are_drawn_from_corner_to_corner():
     assert [last[24:, 24:].all(), last.astype(bool).sum()] == [True, 8 * 8 * 3]
 
 
-@pytest.mark.parametrize("name", ["crop", "affine"])
+@pytest.mark.parametrize("name", ["crop", "affine", "trivial"])
 def test_what_one_augmentation_draws_does_not_depend_on_the_others(name):
     alone, with_cutout = CIFAR10(augment=[name]), CIFAR10(augment=[name, "cutout"])
     for index in range(20):
@@ -164,7 +181,7 @@ def test_a_transform_refuses_single_images_and_too_few_draws():
     picture = np.zeros((32, 32, 3), np.uint8)
     with pytest.raises(ValueError, match=r"expected images=.*got.*image \(32, 32, 3\)"):
         transform(image=picture, draws=np.zeros((1, len(DRAWN_FOR))))
-    with pytest.raises(ValueError, match=r"got images \(2, 32, 32, 3\), draws \(1, 6\)"):
+    with pytest.raises(ValueError, match=r"got images \(2, 32, 32, 3\), draws \(1, 7\)"):
         transform(images=np.stack([picture, picture]), draws=np.zeros((1, len(DRAWN_FOR))))
 
 
@@ -200,7 +217,7 @@ def test_transforms_refuse_arguments_that_albumentations_would_ignore():
 
 @pytest.mark.parametrize("augment", [["blur"], "crop"])
 def test_unknown_augmentations_are_refused(augment):
-    with pytest.raises(ValueError, match="crop, flip, affine, cutout"):
+    with pytest.raises(ValueError, match="crop, flip, affine, trivial, cutout"):
         CIFAR10(augment=augment)
 
 
