@@ -5,16 +5,17 @@ READY := .venv/.ready
 EPOCHS ?=
 PARAMETERS := $(if $(EPOCHS),-p epochs $(EPOCHS))
 
-.PHONY: help run test browser train lint results readme clean
+.PHONY: help run test browser train lint results card readme clean
 
 help:
 	@echo "make run     run the notebook top to bottom, into runs/ (EPOCHS=N for another length)"
 	@echo "make test    run the tests"
 	@echo "make browser run the notebook in JupyterLab, in Chromium, and keep screenshots in runs/browser/"
 	@echo "make train   train from the command line with the default settings"
-	@echo "make lint    check style and formatting"
+	@echo "make lint    check style, formatting and types"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
-	@echo "make readme  write the numbers and pictures of both READMEs from results/, benchmarks/*.json and the notebook"
+	@echo "make card    measure the trained weights (RUN=runs/NAME: those of that run, which then ship), then make readme"
+	@echo "make readme  write the numbers and pictures of all READMEs from saved results and the notebook"
 	@echo "make clean   delete the environment and caches; runs/ and data/ stay"
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
@@ -46,13 +47,18 @@ train: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
 
 results: $(READY)
 	$(BIN)/python results/collect.py
+	$(MAKE) readme
+
+card: $(READY)
+	$(BIN)/python weights/card.py $(if $(RUN),--run $(RUN))
 	$(MAKE) readme
 
 readme: $(READY)
 	$(BIN)/python results/readme.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache __pycache__ */__pycache__

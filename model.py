@@ -6,12 +6,22 @@ Importing this module has no side effects, and it needs nothing but torch:
     log_probs = Net().eval()(images)  # (N, 3, 32, 32) -> (N, 10)
 """
 
+import hashlib
+import io
 import math
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+WEIGHTS = Path(__file__).with_name("weights") / "cifar10.pt"  # see weights/README.md
+WEIGHTS_SHA256 = "e15d1fa57363c74f97a2a44a7adeb9efa96ecfab3a28d8bc58a8d5889b502ca1"
+
+
+class WeightsError(RuntimeError):
+    """A file of weights is missing, damaged or of another network; the message names it."""
 
 
 class Net(nn.Module):
@@ -74,6 +84,10 @@ class Net(nn.Module):
         self.fc = nn.Linear(186, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.log_softmax(self.logits(x), dim=1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The scores before the softmax, float32 (N, num_classes), for images as `forward` takes them."""
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16:
             raise ValueError(
                 f"expected images of shape (N, 3, H, W) with H, W >= 16, got {tuple(x.shape)}; "
@@ -85,8 +99,39 @@ class Net(nn.Module):
                 "both in this repository's transforms.py"
             )
         x = self.c4(self.c3(self.c2(self.c1(x))))  # (N, 186, ceil((H - 1) / 8), ceil((W - 1) / 8))
-        x = self.fc(self.gap(x).flatten(1))  # (N, num_classes)
-        return F.log_softmax(x.float(), dim=1)
+        return self.fc(self.gap(x).flatten(1)).float()
+
+    @classmethod
+    def from_pretrained(cls, file: str | Path | None = None, *, num_classes: int = 10) -> "Net":
+        """A trained network, in eval mode, on the CPU.
+
+        Args:
+            file: Weights for ten classes, such as model.pt of a run; by default those that ship beside this module,
+                trained on CIFAR-10: weights/README.md says how, and what they are good for.
+            num_classes: If not 10, the classifier is a fresh one, to be trained.
+
+        Raises:
+            WeightsError: The file is missing, damaged or of another network.
+            ValueError: `num_classes` is not a positive integer.
+        """
+        path = WEIGHTS if file is None else Path(file)
+        with torch.random.fork_rng(devices=[]):
+            net = cls()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise WeightsError(f"{path}: the weights cannot be read ({error.strerror})") from error
+        if file is None and hashlib.sha256(content).hexdigest() != WEIGHTS_SHA256:
+            raise WeightsError(f"{path} is not the file that belongs to this model.py; take both anew from one version")
+        try:
+            net.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        except Exception as error:  # damage makes torch raise nearly anything
+            raise WeightsError(f"{path} does not hold the weights of a Net for 10 classes: {error}") from error
+        if not all(value.isfinite().all() for value in net.state_dict().values()):
+            raise WeightsError(f"{path} holds weights that are infinite or NaN")
+        if num_classes != 10:
+            net.fc = cls(num_classes).fc
+        return net.eval()
 
 
 def conv_bn(
@@ -115,7 +160,7 @@ def conv_bn(
     )
     if kernel_size == 3 and groups == 1:
         nn.init.dirac_(conv.weight.data[:in_channels])
-    layers = OrderedDict(conv=conv)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
     if pool:
         layers["pool"] = nn.MaxPool2d(2, ceil_mode=True)
     layers["bn"] = nn.BatchNorm2d(out_channels)
@@ -157,7 +202,7 @@ def decorrelating_stem(out_channels: int) -> nn.Sequential:
     filters = torch.einsum("uy,vx,kc->uvkcyx", cosine, cosine, colour).reshape(12, 3, 2, 2)
     stem = conv_bn(3, out_channels, kernel_size=2, padding=0)
     filters = torch.cat([filters, -filters])[:out_channels]
-    stem.conv.weight.data[: len(filters)] = filters
+    stem.get_parameter("conv.weight").data[: len(filters)] = filters
     return stem
 
 

@@ -12,17 +12,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torchsummary
+from captum.attr import LayerAttribution, LayerGradCam
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from dataset import CIFAR10, SIZE
-from model import Residual, receptive_field
+from dataset import CIFAR10, CLASS_COLOURS, SIZE
 from transforms import denormalize
 
 TRAIN, TEST, ORIGINAL = "#0072B2", "#D55E00", "#666666"  # colour-blind safe (Okabe & Ito, 2008)
-KINDS = {"stem": "#999999", "3×3": TRAIN, "dilated": "#009E73", "depthwise": "#E69F00", "pointwise": "#F0E442"}
 ORIGINAL_ACCURACY = 73.20  # percent on the test set, the best of 20 epochs, of the network reimplemented here
 
 
@@ -64,21 +63,24 @@ def plot_samples(dataset: CIFAR10, per_class: int = 10, seed: int = 0) -> Figure
     """Pictures of each class drawn at random, one class a row, without augmentation."""
     rng = np.random.default_rng(seed)
     labels = dataset.labels.numpy()
-    figure, grid = _picture_grid(len(dataset.classes), per_class, width=8)
+    figure, grid = picture_grid(len(dataset.classes), per_class, width=8)
     for row, name, k in zip(grid, dataset.classes, range(10), strict=False):
         of_class = np.flatnonzero(labels == k)
         for axes, i in zip(row, rng.permutation(of_class)[:per_class], strict=False):
             axes.imshow(dataset.images[i].numpy(), interpolation="nearest")
         row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
+        row[0].add_patch(
+            Rectangle((-0.1, 0), 0.05, 1, transform=row[0].transAxes, color=CLASS_COLOURS[k], clip_on=False)
+        )
     return figure
 
 
 def plot_augmentations(dataset: CIFAR10, index: int = 0, draws: int = 20) -> Figure:
     """One image as it is, then as `dataset` draws it in each of the first `draws` - 1 epochs."""
     columns = 10
-    figure, grid = _picture_grid(-(-draws // columns), columns, width=10, title_height=0.25)
-    pictures = [dataset[epoch, index][0] for epoch in range(draws - 1)]
-    pictures = [dataset.images[index].numpy(), *denormalize(torch.stack(pictures))]
+    figure, grid = picture_grid(-(-draws // columns), columns, width=10, title_height=0.25)
+    drawn = torch.stack([dataset[epoch, index][0] for epoch in range(draws - 1)])
+    pictures = [dataset.images[index].numpy(), *denormalize(drawn)]
     titles = ["as it is", *(f"epoch {epoch}" for epoch in range(1, draws))]
     for axes, picture, title in zip(grid.flat, pictures, titles, strict=False):
         axes.imshow(picture, interpolation="nearest")
@@ -99,13 +101,57 @@ def plot_misclassified(dataset: CIFAR10, log_probs: Tensor, count: int = 20) -> 
     wrong = torch.nonzero(predicted != dataset.labels).flatten()
     worst = wrong[probs[wrong].argsort(descending=True, stable=True)][:count].tolist()
     columns = 5
-    figure, grid = _picture_grid(max(1, -(-len(worst) // columns)), columns, width=10, title_height=0.32)
+    figure, grid = picture_grid(max(1, -(-len(worst) // columns)), columns, width=10, title_height=0.32)
     for axes, i in zip(grid.flat, worst, strict=False):
         axes.imshow(dataset.images[i].numpy(), interpolation="nearest")
         true, answer = dataset.classes[int(dataset.labels[i])], dataset.classes[int(predicted[i])]
         axes.set_title(f"{true} → {answer} ({probs[i]:.2f})", fontsize=11)
     figure.suptitle(f"{len(wrong):,} of {len(dataset):,} wrong; the most confident")
     return figure
+
+
+def plot_attention(dataset: CIFAR10, log_probs: Tensor, model: nn.Module, layer: nn.Module, count: int = 8) -> Figure:
+    """Where a network looks, by Grad-CAM (Selvaraju et al., 2017): brighter places speak more for the class.
+
+    Above, mistakes with what speaks for the answer and for the truth; below, right answers. The most confident first.
+
+    Args:
+        dataset: The images, in the order of `log_probs`.
+        log_probs: (N, 10), as `train.predict` returns them for `model`.
+        model: The network; the scores that are explained are its `logits` if it has that method, else its answers.
+        layer: The part of it whose output is weighed, such as `model.c4`.
+        count: How many of each to show at most.
+    """
+    probs, predicted = log_probs.exp().max(1)
+    order = probs.argsort(descending=True, stable=True)
+    wrong = order[(predicted != dataset.labels)[order]][:count].tolist()
+    right = order[(predicted == dataset.labels)[order]][:count].tolist()
+    rows = [(wrong, None), (wrong, predicted), (wrong, dataset.labels), (right, None), (right, predicted)]
+    names = ("wrong", "for the answer", "for the truth", "right", "for the answer")
+    figure, grid = picture_grid(len(rows), count, width=10, title_height=0.1)
+    for row, (chosen, classes), name in zip(grid, rows, names, strict=True):
+        maps = None if classes is None or not chosen else _grad_cam(dataset, chosen, classes[chosen], model, layer)
+        for k, (axes, i) in enumerate(zip(row, chosen, strict=False)):
+            axes.imshow(dataset.images[i].numpy(), interpolation="nearest")
+            title = dataset.classes[int(dataset.labels[i] if classes is None else classes[i])]
+            axes.set_title(title, fontsize=9)
+            if maps is not None:
+                axes.imshow(maps[k], cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear")
+        row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
+    return figure
+
+
+def _grad_cam(dataset: CIFAR10, indices: list[int], classes: Tensor, model: nn.Module, layer: nn.Module) -> np.ndarray:
+    """(N, 32, 32), 0 to 1: what speaks for `classes` (N,) in these images of `dataset`."""
+    was_training, device = model.training, next(model.parameters()).device
+    images = torch.stack([dataset[i][0] for i in indices]).to(device)
+    model.eval()
+    maps = LayerGradCam(getattr(model, "logits", model), layer).attribute(
+        images, classes.to(device), relu_attributions=True
+    )  # (N, 1, h, w)
+    model.train(was_training)
+    maps = LayerAttribution.interpolate(maps, images.shape[2:], "bicubic")[:, 0].clamp(min=0).detach().cpu()
+    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).numpy()
 
 
 def plot_confusion(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
@@ -146,9 +192,9 @@ def plot_per_class(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) ->
     accuracy = per_class_accuracy(log_probs, labels, classes)
     mean = 100 * (log_probs.argmax(1) == labels).float().mean().item()
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    bars = axes.bar(list(accuracy), list(accuracy.values()), color=TRAIN)
+    bars = axes.bar(list(accuracy), list(accuracy.values()), color=CLASS_COLOURS)
     axes.bar_label(bars, fmt="%.1f", fontsize=9)
-    axes.axhline(mean, color=TEST, linestyle="--", linewidth=1)
+    axes.axhline(mean, color="k", linestyle="--", linewidth=1)
     low = np.nanmin(list(accuracy.values()))
     axes.set(ylabel="accuracy (%)", ylim=(max(0, low - 10), 105), title=f"Accuracy per class; {mean:.2f} % of all")
     axes.tick_params(axis="x", labelrotation=0 if classes[0] == "plane" else 45)
@@ -156,66 +202,47 @@ def plot_per_class(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) ->
     return figure
 
 
-def plot_architecture(model: nn.Module, size: int = SIZE) -> Figure:
-    """The convolutions of `Net`, or of a network built of its parts, for images of (3, size, size).
+def expected_calibration_error(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """In percent: how far confidence is from accuracy, over bins of equal width, weighted by their images.
 
-    Each is as tall as its output after pooling and as wide as that has channels; numbers below are channels and pixels.
-    Above each block stand its parameters and the receptive field at its end; arrows are shortcuts.
+    Naeini et al., 2015; Guo et al., 2017.
+
+    Args:
+        log_probs: (N, classes), natural.
+        labels: (N,), the true classes.
+        bins: Of the confidence, from 0 to 1.
     """
-    probe, shapes = copy.deepcopy(model).cpu().float().eval(), {}
-    layers = {
-        name: layer for name, layer in probe.named_modules() if isinstance(getattr(layer, "conv", None), nn.Conv2d)
-    }
-    for name, layer in layers.items():
-        layer.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: output.shape[1:]}))
-    with torch.no_grad():
-        probe(torch.zeros(1, 3, size, size))
-    figure, axes = plt.subplots(figsize=(12, 3.6), layout="constrained")
-    step, bottom, ends, used = 13.5, -0.6 * size, {}, {}
-    x = 0.0  # the middle of what is drawn last
-    axes.add_patch(Rectangle((-1.5, -size / 2), 3, size, facecolor="w", edgecolor="k"))
-    axes.text(x, bottom, f"image\n3, {size}×{size}", ha="center", va="top")
-    for block, field in receptive_field(probe).items():
-        x += 4
-        left = x + step / 2
-        for name in (name for name in layers if name.startswith(f"{block}.")):
-            x += step
-            channels, height, width = shapes[name]
-            kind, drawn = _kind(layers[name].conv), channels / 36  # the latter is how wide it is drawn
-            look = {"facecolor": KINDS[kind], "edgecolor": "k", "label": kind}
-            used[kind] = axes.add_patch(Rectangle((x - drawn / 2, -height / 2), drawn, height, **look))
-            axes.text(x, bottom, f"{channels}\n{height}×{width}", ha="center", va="top")
-            ends[name] = x - step / 2, x + step / 2, height / 2
-        right = x + step / 2
-        parameters = sum(p.numel() for p in probe.get_submodule(block).parameters())
-        title = f"{block.upper()}, sees {field} px\n{parameters:,} parameters"
-        axes.text((left + right) / 2, 0.9 * size, title, ha="center", va="top")
-        axes.axvspan(left, right, 0.1, color="0.94", zorder=-1)
-    for name, layer in probe.named_modules():
-        if isinstance(layer, Residual):
-            inside = [ends[key] for key in ends if key.startswith(f"{name}.")]
-            start, end = inside[0][0], inside[-1][1]
-            top = max(height for *_, height in inside) + size / 8
-            axes.plot([start, start, end], [0, top, top], color="k", linewidth=1)
-            axes.annotate(
-                "", (end, 0), (end, top), arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "facecolor": "k"}
-            )
-    axes.plot([0, x + step], [0, 0], color="k", linewidth=1, zorder=0)
-    axes.text(x + step, 0, " average,\n linear,\n log-softmax", va="center")
-    axes.set(xlim=(-5, x + 2.2 * step), ylim=(-size, 0.95 * size))
-    axes.axis("off")
-    axes.legend(handles=list(used.values()), ncols=len(used), loc="lower center", frameon=False)
+    return 100 * sum(
+        share * abs(accuracy - confidence) for confidence, accuracy, share in _bins(log_probs, labels, bins)
+    )
+
+
+def plot_reliability(log_probs: Tensor, labels: Tensor, bins: int = 15) -> Figure:
+    """Accuracy against confidence in each bin; on the diagonal, answers are right as often as the network says."""
+    confidence, accuracy, share = zip(*_bins(log_probs, labels, bins), strict=True)
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(5, 5.6), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    upper.plot([0, 1], [0, 1], color=ORIGINAL, linestyle="--", linewidth=1, label="as often right as it says")
+    upper.plot(confidence, accuracy, color=TRAIN, marker="o", label="the network")
+    error = expected_calibration_error(log_probs, labels, bins)
+    upper.set(ylabel="share of right answers", ylim=(0, 1.02), title=f"Expected calibration error {error:.1f} %")
+    upper.legend(frameon=False)
+    lower.bar(confidence, share, width=0.8 / bins, color=TRAIN)
+    lower.set(xlabel="probability of the answer", ylabel="share of images", xlim=(0, 1))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
     plt.close(figure)
     return figure
 
 
-def _kind(conv: nn.Conv2d) -> str:
-    """What a convolution is called in the picture of the architecture."""
-    if conv.groups == conv.in_channels > 1:
-        return "depthwise"
-    if conv.kernel_size == (1, 1):
-        return "pointwise"
-    return "dilated" if conv.dilation > (1, 1) else "stem" if conv.in_channels == 3 else "3×3"
+def _bins(log_probs: Tensor, labels: Tensor, bins: int) -> list[tuple[float, float, float]]:
+    """Mean confidence, accuracy and share of the images in each bin of the confidence that has any."""
+    confidence, answers = log_probs.exp().max(1)
+    right = (answers == labels).float()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    found = [which == k for k in range(bins)]
+    return [(confidence[k].mean().item(), right[k].mean().item(), k.float().mean().item()) for k in found if k.any()]
 
 
 def show_summary(model: nn.Module, size: int = SIZE) -> int:
@@ -232,7 +259,7 @@ def show_summary(model: nn.Module, size: int = SIZE) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _picture_grid(rows: int, columns: int, width: float, title_height: float = 0.0) -> tuple[Figure, np.ndarray]:
+def picture_grid(rows: int, columns: int, width: float, title_height: float = 0.0) -> tuple[Figure, np.ndarray]:
     """A closed figure `width` inches wide with (rows, columns) axes for square pictures, frames off."""
     cell = width / columns
     figure, grid = plt.subplots(

@@ -1,10 +1,11 @@
-"""Puts saved numbers and pictures into the two READMEs; `make readme` does it, and a test keeps them true.
+"""Puts saved numbers and pictures into the READMEs; `make readme` does it, and a test keeps them true.
 
-The numbers come from results/cifar10-seed*.json, copies of the runs' metrics.json, and from benchmarks/*.json; the
-picture of mistakes comes from the committed notebook, which is the run of seed 0.
+The numbers come from results/cifar10-seed*.json, copies of the runs' metrics.json, from benchmarks/*.json and from
+weights/*.json; the picture of mistakes comes from the committed notebook, which is the run of seed 0.
 """
 
 import base64
+import dataclasses
 import json
 import re
 import statistics
@@ -13,18 +14,21 @@ from pathlib import Path
 
 import nbformat
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent
 REPOSITORY = RESULTS.parent
-READMES = (REPOSITORY / "README.md", REPOSITORY / "benchmarks/README.md")
+READMES = tuple(REPOSITORY / name for name in ("README.md", "benchmarks/README.md", "weights/README.md"))
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
+from baselines import airbench94_muon_network, original_network  # noqa: E402
 from common import as_text  # noqa: E402
 
-from config import FREE  # noqa: E402
+from architecture import plot_architecture  # noqa: E402
+from config import FREE, Config  # noqa: E402
 from model import Net  # noqa: E402
-from utils import ORIGINAL_ACCURACY, plot_architecture, plot_curves  # noqa: E402
+from utils import ORIGINAL_ACCURACY, plot_curves  # noqa: E402
 
 
 def saved_runs() -> list[dict]:
@@ -40,45 +44,82 @@ def saved_runs() -> list[dict]:
 def summary(runs: list[dict]) -> str:
     first, epochs = runs[0]["history"], runs[0]["config"]["epochs"]
     processor, threads = runs[0]["hardware"].split(", ")[:2]
+    measured, long = card()
     return (
         "A notebook and a handful of short modules that train a "
         f"{runs[0]['parameters']:,}-parameter network on CIFAR-10 to "
         f"**{mean(runs, 'test_accuracy')} %** test accuracy in {epochs} epochs, which take "
-        f"{first['seconds'][-1] / 60:.0f} minutes on {threads} of an {processor} processor."
+        f"{first['seconds'][-1] / 60:.0f} minutes on {threads} of an {processor} processor, without a GPU. "
+        f"Trained weights ship with it: **{measured['accuracy']:.2f} %**, after {long['config']['epochs']} epochs."
     )
+
+
+# Published of others: network and source, test accuracy, parameters, million multiply-adds, epochs, needs.
+AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench"
+PUBLISHED = (
+    (f"[airbench95]({AIRBENCH}), larger", "95.01 % (6 views, mean)", "", "", "15", "an NVIDIA GPU"),
+    (
+        "[WRN-40-2](https://arxiv.org/abs/1605.07146)",
+        "94.67 %; with AutoAugment 96.3 % ([Lim et al., 2019](https://arxiv.org/abs/1905.00397))",
+        "2.2 million",
+        "327 million",
+        "200",
+        "",
+    ),
+    ("[PyramidNet-110, α = 48](https://arxiv.org/abs/1610.02915)", "95.42 %", "1.7 million", "", "300", ""),
+    ("[DenseNet-BC-100](https://arxiv.org/abs/1608.06993)", "95.49 %", "0.8 million", "", "300", ""),
+)
 
 
 def table(runs: list[dict]) -> str:
-    first = runs[0]
+    """`Net` beside the original and others of about its size."""
+    first, (measured, long) = runs[0], card()
     accuracies = [run["history"]["test_accuracy"][-1] for run in runs]
     spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
     each = ": " + ", ".join(f"{accuracy:.2f}" for accuracy in accuracies) if len(runs) > 1 else ""
-    ours = (
-        "**this network**",
-        f"**{mean(runs, 'test_accuracy')} %**{spread} (last epoch, n = {len(runs)}{each})",
-        f"{mean(runs, 'train_accuracy')} % (augmented images, while learning)",
-        f"{first['parameters']:,}",
-        f"{multiply_adds() / 1e6:.0f} million",
-        f"{first['config']['epochs']}",
-        f"{first['history']['seconds'][-1]:,.0f} s ({first['hardware']}; {first['runtime']})",
+    times = json.loads((REPOSITORY / "benchmarks/time_to_accuracy.json").read_text())
+    size, work = f"{first['parameters']:,}", f"{multiply_adds(Net()) / 1e6:.0f} million"
+    anywhere = "a CPU or a GPU"
+    rows = [
+        (
+            "**this network**, `make run`",
+            f"**{mean(runs, 'test_accuracy')} %**{spread} (last epoch, n = {len(runs)}{each})",
+            *(size, work, f"{first['config']['epochs']}", minutes(first["history"]["seconds"][-1]), anywhere),
+        ),
+        (
+            "**this network**, [as it ships](weights/README.md)",
+            f"**{measured['accuracy']:.2f} %** (last epoch, n = 1)",
+            *(size, work, f"{long['config']['epochs']}", minutes(long["history"]["seconds"][-1]), anywhere),
+        ),
+        (
+            "[the original](https://github.com/ShikhaERAV2/Session9)",
+            f"{ORIGINAL_ACCURACY:.2f} % (best epoch)",
+            *("2,034,040", f"{multiply_adds(original_network()) / 1e6:.0f} million", "20"),
+            *("about " + minutes(times["seconds_of_the_original"]), anywhere),
+        ),
+        (
+            f"[airbench94_muon]({AIRBENCH})",
+            "94.01 % (6 views, mean)",
+            *("1,972,792", f"{multiply_adds(airbench94_muon_network()) / 1e6:.0f} million", "8"),
+            *("about " + minutes(times["seconds_of_airbench94_muon"]), "an NVIDIA GPU"),
+        ),
+        *[(*row[:5], "", row[5]) for row in PUBLISHED],
+    ]
+    head = "network", "test accuracy", "parameters", "multiply-adds per image", "epochs", "training, minutes", "runs on"
+    return (
+        f'{markdown(head, *rows)}\n\nMinutes are on {first["hardware"]}, without a GPU; "about": from the time of a '
+        "training step of the same layers. Empty cells were not measured here or are not given by the source."
     )
-    head = ("", "test accuracy", "train accuracy", "parameters", "multiply-adds per image", "epochs", "training time")
-    original = (
-        "[the original](https://github.com/ShikhaERAV2/Session9)",
-        f"{ORIGINAL_ACCURACY:.2f} % (best epoch)",
-        "68.34 %",
-        "2,034,040",
-        "about 700 million",
-        "20",
-        "not recorded",
-    )
-    return markdown(head, ours, original)
 
 
-def multiply_adds() -> int:
-    """Of `Net` for one image of 32x32 pixels, in convolutions and the classifier."""
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:,.0f}"
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """For one image of 32x32 pixels, in convolutions and linear layers."""
     with FlopCounterMode(display=False) as counter:
-        Net().eval()(torch.zeros(1, 3, 32, 32))
+        model.eval()(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops() // 2
 
 
@@ -105,7 +146,7 @@ def survival() -> str:
     )
 
 
-def measured(name: str) -> str:
+def benchmark_table(name: str) -> str:
     """The table that a benchmark saved, and where it ran."""
     result = json.loads((REPOSITORY / f"benchmarks/{name}.json").read_text())
     rows = result.pop("rows")
@@ -113,6 +154,59 @@ def measured(name: str) -> str:
     notes = [result.pop("hardware"), f"torch {result.pop('torch')}"]
     notes += [f"{note.replace('_', ' ')}: {as_text(value)}" for note, value in result.items()]
     return f"{table}\n\n{'; '.join(notes)}."
+
+
+def card() -> tuple[dict, dict]:
+    """What weights/card.py measured, and the record of the run that the weights come from."""
+    return tuple(json.loads((REPOSITORY / f"weights/{name}.json").read_text()) for name in ("card", "metrics"))
+
+
+def weights() -> str:
+    measured, run = card()
+    return (
+        f"The trained network, {run['parameters']:,} parameters in {measured['bytes'] / 1e6:.1f} MB: "
+        f"**{measured['accuracy']:.2f} %** of the CIFAR-10 test images right, plain, after the last of "
+        f"{run['config']['epochs']} epochs."
+    )
+
+
+def recipe() -> str:
+    """The command that trained the weights, and what it took."""
+    _, run = card()
+    default = json.loads(json.dumps(dataclasses.asdict(Config())))
+    flags = ["python train.py"]
+    for name, value in run["config"].items():
+        if name == "name" or (name not in FREE and value != default[name]):
+            text = " ".join(value) if isinstance(value, list) else value
+            flags.append(f"--{name.replace('_', '-')} {text}")
+    history = run["history"]
+    return (
+        f"```bash\n{' '.join(flags)}\n```\n\n{history['seconds'][-1] / 60:.0f} minutes of training on "
+        f"{run['hardware']} ({run['runtime']}), torch {run['versions']['torch']}; "
+        f"{history['train_accuracy'][-1]:.2f} % of the augmented training images right in the last epoch."
+    )
+
+
+def per_class() -> str:
+    measured, _ = card()
+    names = list(measured["per_class"])
+    return markdown(
+        ("all", *names, "expected calibration error"),
+        (
+            f"**{measured['accuracy']:.2f} %**",
+            *[f"{measured['per_class'][name]:.1f} %" for name in names],
+            f"{measured['expected_calibration_error']:.1f} %",
+        ),
+    )
+
+
+def corruptions() -> str:
+    measured, _ = card()
+    rows = [
+        (name, *[f"{accuracy:.1f} % ({strength})" for strength, accuracy in accuracies.items()])
+        for name, accuracies in measured["corrupted"].items()
+    ]
+    return markdown(("accuracy (strength)", "weakest", "", "", "", "strongest"), *rows)
 
 
 def markdown(*rows: tuple[str, ...]) -> str:
@@ -127,10 +221,11 @@ def mean(runs: list[dict], quantity: str) -> str:
 def with_numbers(text: str, runs: list[dict]) -> str:
     """A README with the parts between `<!-- name -->` and `<!-- /name -->` written anew."""
     own = {"summary": lambda: summary(runs), "table": lambda: table(runs), "survival": survival}
+    own |= {"weights": weights, "recipe": recipe, "per_class": per_class, "corruptions": corruptions}
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         before, rest = text.split(f"<!-- {name} -->\n")
-        after = rest.split(f"\n<!-- /{name} -->")[1]
-        part = own[name]() if name in own else measured(name)
+        after = rest.split(f"<!-- /{name} -->")[1]
+        part = own[name]() if name in own else benchmark_table(name)
         text = f"{before}<!-- {name} -->\n{part}\n<!-- /{name} -->{after}"
     return text
 
@@ -141,14 +236,15 @@ def main() -> None:
         readme.write_text(with_numbers(readme.read_text(), runs))
     plot_architecture(Net()).savefig(RESULTS / "architecture.png", dpi=110)
     plot_curves(runs[0]["history"]).savefig(RESULTS / "curves.png", dpi=110)
+    (RESULTS / "misclassified.png").write_bytes(picture_of("plot_misclassified(test_set, log_probs)"))
+
+
+def picture_of(call: str) -> bytes:
+    """The PNG that a cell of the committed notebook drew; `call` is the cell's last line."""
     notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
-    pictures = [
-        output.data["image/png"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    (RESULTS / "misclassified.png").write_bytes(base64.b64decode(pictures[-1]))
+    (cell,) = [cell for cell in notebook.cells if cell.source.endswith(call)]
+    (png,) = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+    return base64.b64decode(png)
 
 
 if __name__ == "__main__":

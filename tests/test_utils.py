@@ -6,17 +6,20 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from architecture import plot_architecture
 from dataset import CIFAR10
 from model import Net
 from transforms import AUGMENTATIONS
 from utils import (
+    expected_calibration_error,
     per_class_accuracy,
-    plot_architecture,
+    plot_attention,
     plot_augmentations,
     plot_confusion,
     plot_curves,
     plot_misclassified,
     plot_per_class,
+    plot_reliability,
     plot_samples,
     show_summary,
 )
@@ -39,7 +42,7 @@ def log_probs(test_set) -> torch.Tensor:
 
 
 def history(data: str = "cifar10", tested_on: str = "test") -> dict[str, list]:
-    rows = {"epoch": [1, 2], "train_loss": [1.0, 0.5], "test_loss": [1.1, 0.7], "lr": [0.2, 0.1]}
+    rows: dict[str, list] = {"epoch": [1, 2], "train_loss": [1.0, 0.5], "test_loss": [1.1, 0.7], "lr": [0.2, 0.1]}
     rows |= {"train_accuracy": [50.0, 80.0], "test_accuracy": [45.0, 75.5]}
     return rows | {"data": [data] * 2, "tested_on": [tested_on] * 2}
 
@@ -57,6 +60,8 @@ def test_every_plot_returns_a_figure_that_pyplot_does_not_hold(test_set, log_pro
         plot_misclassified(test_set, log_probs),
         plot_confusion(log_probs, test_set.labels, test_set.classes),
         plot_per_class(log_probs, test_set.labels, test_set.classes),
+        plot_reliability(log_probs, test_set.labels),
+        plot_attention(test_set, log_probs, net := Net(), net.c4),
     ]
     assert all(isinstance(figure, Figure) for figure in figures)
     assert plt.get_fignums() == []
@@ -107,6 +112,54 @@ def test_confusion_and_per_class_accuracy_count(test_set, log_probs):
     counts = [int(text.get_text()) for text in figure.axes[0].texts]
     assert sum(counts) == 100
     assert counts[3 * 10 + 8] == counts[7 * 10] == 1
+
+
+def test_attention_is_where_the_score_comes_from(test_set):
+    class UpperLeft(nn.Module):
+        """Scores class 0 by how bright the upper left quarter is, the others by nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.Conv2d(3, 1, 1, bias=False)
+            nn.init.constant_(self.maps.weight, 0.01)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps = self.maps(images).exp()  # (N, 1, 32, 32)
+            corner = torch.zeros_like(maps)
+            corner[:, :, :16, :16] = 1
+            score = (maps * corner).sum((1, 2, 3))
+            return torch.stack([score, *[torch.zeros_like(score)] * 9], 1)
+
+    net = UpperLeft()
+    test_set.images[:, :16, :16], test_set.images[:, 16:], test_set.images[:, :, 16:] = 255, 0, 0
+    log_probs = net(torch.stack([image for image, _ in test_set])).log_softmax(1)
+    figure = plot_attention(test_set, log_probs, net, net.maps, count=2)
+    heat = figure.axes[-1].images[1].get_array()
+    assert heat[:15, :15].min() > heat[17:, 17:].max()
+
+
+def test_attention_shows_mistakes_with_both_classes_and_right_answers_and_disturbs_nothing(test_set, log_probs):
+    net = Net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    figure = plot_attention(test_set, log_probs, net, net.c4, count=3)
+    titles = [[axes.get_title() for axes in figure.axes[3 * row : 3 * row + 3]] for row in range(5)]
+    assert titles[:3] == [["horse", "cat", ""], ["plane", "ship", ""], ["horse", "cat", ""]]
+    assert titles[3] == titles[4]
+    assert [len(axes.images) for axes in figure.axes] == [1, 1, 0, 2, 2, 0, 2, 2, 0, 1, 1, 1, 2, 2, 2]
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    labels = torch.arange(100) % 2
+    probs = torch.full((100, 2), 0.3)
+    probs[torch.arange(100), labels] = 0.7
+    probs[:20] = probs[:20].flip(1)  # 80 % right, 70 % sure
+    assert expected_calibration_error(probs.log(), labels) == pytest.approx(10, abs=1e-3)
+    assert "10.0 %" in texts(plot_reliability(probs.log(), labels))
+    sure = nn.functional.one_hot(labels, 2).float().clamp(min=1e-9)
+    assert expected_calibration_error(sure.log(), labels) == pytest.approx(0, abs=1e-3)
 
 
 def test_summary_counts_and_disturbs_nothing(capsys):

@@ -1,0 +1,79 @@
+"""Leaves Python: `python export.py net.onnx` writes the trained network for ONNX Runtime, and compares the two."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from dataset import CIFAR10, SIZE
+from model import Net, WeightsError
+from storage import DataError, DataUnreachableError
+
+TOLERANCE = 1e-4  # between log-probabilities, natural
+BATCHES = (1, 7, 500)  # images, to see that any number will do
+
+
+def export(model: nn.Module, file: str | Path) -> None:
+    """Writes `model` as ONNX: "images", float32 (N, 3, 32, 32) normalised -> "log_probs", float32 (N, classes).
+
+    Args:
+        model: On the CPU; exported as it answers in eval mode.
+        file: Is overwritten.
+    """
+    torch.onnx.export(
+        model.eval(),
+        (torch.zeros(2, 3, SIZE, SIZE),),
+        file,
+        input_names=["images"],
+        output_names=["log_probs"],
+        dynamic_shapes=({0: torch.export.Dim("N")},),
+        external_data=False,
+        verbose=False,
+    )
+
+
+@torch.no_grad()
+def largest_difference(model: nn.Module, file: str | Path, images: Tensor) -> float:
+    """Between what `model` says of images (N, 3, 32, 32) and what ONNX Runtime says with the network in `file`."""
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    answers = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return (answers - model.eval()(images)).abs().max().item()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the trained network as ONNX and check it with ONNX Runtime.")
+    parser.add_argument("file", help="what to write, such as net.onnx")
+    parser.add_argument("--weights", metavar="FILE", help="model.pt of a run of yours (default: those that ship)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data")
+    options = parser.parse_args(arguments)
+    try:
+        model = Net.from_pretrained(options.weights)
+    except WeightsError as error:
+        parser.error(str(error))
+    try:
+        data, name = CIFAR10(train=False, data_dir=options.data_dir), "the test set"
+    except DataUnreachableError:
+        data, name = CIFAR10(train=False, data="synthetic"), "drawn pictures, for CIFAR-10 is out of reach"
+    except DataError as error:
+        parser.error(str(error))
+    try:
+        export(model, options.file)
+    except OSError as error:
+        parser.error(f"cannot write {options.file}: {error}")
+    images = torch.stack([image for image, _ in data.__getitems__(range(sum(BATCHES)))])
+    differences = [largest_difference(model, options.file, batch) for batch in images.split(BATCHES)]
+    print(
+        f"{options.file}: log-probabilities differ by at most {max(differences):.1e} on batches of {BATCHES} images "
+        f"of {name}"
+    )
+    if not all(difference <= TOLERANCE for difference in differences):  # NaN is no agreement either
+        print(f"that is more than {TOLERANCE:.0e}: do not use the file", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What the model card measures: pictures spoilt as it says, and weights put in place whole."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import CIFAR10
+from model import Net
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """The module, which writes into an empty folder instead of the repository's."""
+    monkeypatch.syspath_prepend(REPOSITORY / "weights")
+    card = importlib.import_module("card")
+    monkeypatch.setattr(card, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(card, "FOLDER", tmp_path)
+    monkeypatch.setattr(card, "WEIGHTS", tmp_path / "cifar10.pt")
+    return card
+
+
+def record(epochs: int, data: str = "cifar10", holdout: int = 0) -> dict:
+    """What is read of the metrics.json of a run of two epochs, of the given settings."""
+    return {"data": data, "history": {"epoch": [1, 2]}, "config": {"epochs": epochs, "holdout": holdout}}
+
+
+def test_each_corruption_spoils_more_with_its_strength_and_the_same_each_time(card):
+    pictures = CIFAR10(train=False).subset(range(20))
+    for name, (strengths, make) in card.CORRUPTIONS.items():
+        spoilt = [card.spoilt(pictures, make(strength)).images.float() for strength in strengths]
+        harm = [(images - pictures.images.float()).abs().mean().item() for images in spoilt]
+        assert len(harm) == 5
+        assert harm == sorted(harm), name
+        assert harm[0] > 0, name
+        assert torch.equal(card.spoilt(pictures, make(strengths[0])).images.float(), spoilt[0])
+
+
+def test_brightness_and_noise_are_as_strong_as_they_say(card):
+    grey = CIFAR10(train=False).subset(range(20))
+    grey.images[:] = 100
+    brighter = card.spoilt(grey, card.CORRUPTIONS["brightness (added, of 1)"][1](0.2)).images
+    assert brighter.float().mean().item() == pytest.approx(151, abs=1)
+    noisy = card.spoilt(grey, card.CORRUPTIONS["noise (standard deviation, of 255)"][1](10)).images
+    assert noisy.float().std().item() == pytest.approx(10, rel=0.05)
+
+
+def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_path):
+    run, net = tmp_path / "run", Net()
+    run.mkdir()
+    torch.save(net.state_dict(), run / "model.pt")
+    (run / "metrics.json").write_text(json.dumps(record(epochs=2)))
+    (tmp_path / "model.py").write_text('A = 1\nWEIGHTS_SHA256 = ""\n')
+    card.ship(run)
+    shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
+    for name, value in shipped.state_dict().items():
+        torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-3, atol=1e-6)
+    digest = card.hashlib.sha256((tmp_path / "cifar10.pt").read_bytes()).hexdigest()
+    assert (tmp_path / "model.py").read_text() == f'A = 1\nWEIGHTS_SHA256 = "{digest}"\n'
+    assert (tmp_path / "metrics.json").exists()
+
+    test_set = CIFAR10(train=False)
+    result = card.measure(shipped, test_set)
+    assert result["sha256"] == digest
+    assert result["accuracy"] == pytest.approx(np.mean(list(result["per_class"].values())), abs=0.01)
+    assert {name: list(row) for name, row in result["corrupted"].items()} == {
+        name: [str(strength) for strength in strengths] for name, (strengths, _) in card.CORRUPTIONS.items()
+    }
+    assert json.dumps(result)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "corruptions.png"}
+
+
+def test_weights_too_large_for_half_precision_do_not_ship(card, tmp_path):
+    state = Net().state_dict()
+    state["fc.weight"][0, 0] = 1e6
+    torch.save(state, tmp_path / "model.pt")
+    (tmp_path / "metrics.json").write_text(json.dumps(record(epochs=2)))
+    with pytest.raises(OverflowError, match="half precision"):
+        card.ship(tmp_path)
+    assert not (tmp_path / "cifar10.pt").exists()
+
+
+@pytest.mark.parametrize("run", [{"epochs": 3}, {"epochs": 2, "data": "synthetic"}, {"epochs": 2, "holdout": 5000}])
+def test_unfinished_runs_and_those_on_other_images_do_not_ship(card, tmp_path, run):
+    torch.save(Net().state_dict(), tmp_path / "model.pt")
+    (tmp_path / "metrics.json").write_text(json.dumps(record(**run)))
+    with pytest.raises(ValueError, match=r"of 3 epochs|synthetic|holdout 5000"):
+        card.ship(tmp_path)
+    assert not (tmp_path / "cifar10.pt").exists()

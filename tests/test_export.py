@@ -1,0 +1,44 @@
+"""The exported network says what the network says, for any number of images."""
+
+import math
+
+import pytest
+import torch
+
+import export
+from dataset import CIFAR10
+from model import Net
+
+
+def test_the_command_exports_and_checks_on_real_batches(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "BATCHES", (1, 7, 50))
+    torch.save(Net().state_dict(), tmp_path / "model.pt")
+    file = tmp_path / "net.onnx"
+    assert export.main([str(file), "--weights", str(tmp_path / "model.pt")]) == 0
+    printed = capsys.readouterr().out
+    assert "on batches of (1, 7, 50) images of the test set" in printed
+    assert file.stat().st_size > 8e6
+    images = torch.stack([image for image, _ in CIFAR10(train=False)])
+    trained = Net.from_pretrained(tmp_path / "model.pt")
+    assert export.largest_difference(trained, file, images) <= 1e-4
+    other = Net()
+    assert export.largest_difference(other, file, images) > 1e-4
+
+    differences = iter([0.0, math.nan, 0.0])
+    monkeypatch.setattr(export, "largest_difference", lambda *_: next(differences))
+    assert export.main([str(file), "--weights", str(tmp_path / "model.pt")]) == 1
+    assert "do not use the file" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
+    torch.save(Net().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(SystemExit):
+        export.main([str(tmp_path / "none/net.onnx"), "--weights", str(tmp_path / "model.pt")])
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_missing_weights_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export.main([str(tmp_path / "net.onnx"), "--weights", str(tmp_path / "none.pt")])
+    assert "none.pt" in capsys.readouterr().err
+    assert not (tmp_path / "net.onnx").exists()

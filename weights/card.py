@@ -1,0 +1,158 @@
+"""Measures the trained weights on the test set, for their model card: `make card`, which needs CIFAR-10.
+
+Accuracy, plain and per class; calibration; and accuracy on test images spoilt in five ways at five strengths, made with
+Albumentations after the idea of CIFAR-10-C (Hendrycks & Dietterich, 2019), whose images these are not. All in fp32.
+With `make card RUN=runs/NAME`, the weights of that run are first put in the place of those that ship.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import albumentations as A
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+FOLDER = Path(__file__).parent
+REPOSITORY = FOLDER.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from config import choose_runtime, describe_hardware  # noqa: E402
+from dataset import CIFAR10, make_loader  # noqa: E402
+from engine import predict  # noqa: E402
+from model import WEIGHTS, Net  # noqa: E402
+from utils import expected_calibration_error, per_class_accuracy, picture_grid, plot_reliability  # noqa: E402
+
+
+def swapped(picture: np.ndarray, **_: object) -> np.ndarray:
+    return np.ascontiguousarray(picture[..., ::-1])
+
+
+swap_colours = A.Lambda(image=swapped, p=1)  # Albumentations gives OpenCV red for blue, which JPEG treats unlike
+
+# What spoils a picture -> strengths, and the transform for one of them.
+CORRUPTIONS = {
+    "noise (standard deviation, of 255)": (
+        (5, 10, 15, 25, 40),
+        lambda s: A.GaussNoise(std_range=(s / 255, s / 255), p=1),
+    ),
+    "blur (standard deviation, px)": (
+        (0.4, 0.6, 0.8, 1.2, 1.8),
+        lambda s: A.GaussianBlur(sigma_limit=(s, s), blur_limit=0, p=1),
+    ),
+    "brightness (added, of 1)": (
+        (0.1, 0.2, 0.3, 0.4, 0.5),
+        lambda s: A.RandomBrightnessContrast(brightness_limit=(s, s), contrast_limit=(0, 0), p=1),
+    ),
+    "contrast (factor)": (
+        (0.8, 0.6, 0.4, 0.25, 0.15),
+        lambda s: A.ColorJitter((1, 1), (s, s), (1, 1), (0, 0), p=1),
+    ),
+    "JPEG (quality)": (
+        (90, 70, 50, 30, 15),
+        lambda s: A.Compose([swap_colours, A.ImageCompression(quality_range=(s, s), p=1), swap_colours]),
+    ),
+}
+
+
+def ship(run: Path) -> None:
+    """Makes the weights of a finished run those that ship, in half precision, and records their sha256 in model.py.
+
+    Raises:
+        WeightsError: They are no weights of a `Net`.
+        ValueError: The run is not finished, or did not train on all of CIFAR-10's training images and nothing else.
+        OverflowError: Half precision does not hold them.
+    """
+    weights, record = Net.from_pretrained(run / "model.pt").state_dict(), json.loads((run / "metrics.json").read_text())
+    done, config = len(record["history"]["epoch"]), record["config"]
+    if done < config["epochs"] or record["data"] != "cifar10" or config["holdout"]:
+        raise ValueError(f"{run}: {done} of {config['epochs']} epochs on {record['data']}, holdout {config['holdout']}")
+    state = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    if not all(value.isfinite().all() for value in state.values()):
+        raise OverflowError(f"{run}: half precision does not hold all weights")
+    torch.save(state, WEIGHTS)
+    shutil.copyfile(run / "metrics.json", FOLDER / "metrics.json")
+    digest, model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(), REPOSITORY / "model.py"
+    model.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', model.read_text()))
+
+
+def log_probs_of(model: nn.Module, dataset: CIFAR10) -> torch.Tensor:
+    """(N, 10) of all images, in fp32."""
+    return predict(model, make_loader(dataset, 500, train=False), runtime=choose_runtime("cpu", "fp32"))[0]
+
+
+def spoilt(dataset: CIFAR10, transform: A.BasicTransform) -> CIFAR10:
+    """A copy of the dataset after `transform`, whose draws for an image depend on its place alone."""
+    copy = dataset.subset(range(len(dataset)))
+    for i, picture in enumerate(dataset.images.numpy()):
+        transform.set_random_state(np.random.default_rng(i), random.Random(i))
+        copy.images[i] = torch.from_numpy(transform(image=picture)["image"])
+    return copy
+
+
+def plot_corruptions(dataset: CIFAR10, index: int = 0) -> Figure:
+    """One picture under each corruption, from the weakest to the strongest."""
+    figure, grid = picture_grid(len(CORRUPTIONS), 6, width=8, title_height=0.1)
+    one = dataset.subset([index])
+    for row, (name, (strengths, make)) in zip(grid, CORRUPTIONS.items(), strict=True):
+        pictures = [one.images[0], *[spoilt(one, make(strength)).images[0] for strength in strengths]]
+        for axes, picture, title in zip(row, pictures, ("as it is", *strengths), strict=True):
+            axes.imshow(picture.numpy(), interpolation="nearest")
+            axes.set_title(title, fontsize=10)
+        row[0].text(-0.15, 0.5, name.replace(" (", "\n("), transform=row[0].transAxes, ha="right", va="center")
+    return figure
+
+
+def percent(right: torch.Tensor) -> float:
+    return round(100 * right.float().mean().item(), 2)
+
+
+def measure(model: nn.Module, test_set: CIFAR10) -> dict:
+    """All that the card says of the weights; also draws its pictures."""
+    log_probs, labels = log_probs_of(model, test_set), test_set.labels
+    right = percent(log_probs.argmax(1) == labels)
+    print(f"{right:.2f} % of {len(labels):,} test images", flush=True)
+    plot_reliability(log_probs, labels).savefig(FOLDER / "reliability.png", dpi=110)
+    plot_corruptions(test_set, index=1).savefig(FOLDER / "corruptions.png", dpi=110)
+    corrupted: dict[str, dict[str, float]] = {}
+    for name, (strengths, make) in CORRUPTIONS.items():
+        corrupted[name] = {}
+        for strength in strengths:
+            answers = log_probs_of(model, spoilt(test_set, make(strength))).argmax(1)
+            corrupted[name][str(strength)] = percent(answers == labels)
+        print(name, corrupted[name], flush=True)
+    per_class = per_class_accuracy(log_probs, labels, test_set.classes)
+    return {
+        "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
+        "bytes": WEIGHTS.stat().st_size,
+        "hardware": describe_hardware(),
+        "accuracy": right,
+        "per_class": {name: round(accuracy, 2) for name, accuracy in per_class.items()},
+        "expected_calibration_error": round(expected_calibration_error(log_probs, labels), 2),
+        "mean_confidence": percent(log_probs.exp().amax(1)),
+        "corrupted": corrupted,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the trained weights for their model card.")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="put the weights of this run in the place of the others"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is; then $CIFAR10_ROOT, then ./data")
+    options = parser.parse_args()
+    if options.run:
+        ship(options.run)
+    result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(train=False, data_dir=options.data_dir))
+    (FOLDER / "card.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
