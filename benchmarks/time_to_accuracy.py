@@ -14,6 +14,7 @@ down and right, with weights 1/2, 1/4, 1/4, each with its mirror image. Plain ac
 
 import argparse
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 
@@ -22,18 +23,16 @@ from baselines import airbench94_muon_network, original_network
 from common import alternate, largest_convolution, middle, report, training_step
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
-from config import Config, keep_freed_memory
-from dataset import make_loader
-from engine import Meter, train_one_epoch
+from config import Config
 from model import Net
 from optim import recipe_optimizer
 from train import evaluate, fit, make_loaders
 
-ORIGINAL_STEPS = 20 * 50_000 // 32
+TRAIN_COUNT = 50_000
+ORIGINAL_STEPS = 20 * TRAIN_COUNT // 32
 PEER_BATCH = 2000
-PEER_STEPS = 8 * 50_000 // PEER_BATCH
+PEER_STEPS = 8 * TRAIN_COUNT // PEER_BATCH
 SHORT, SHORT_AUGMENT = 8, ("crop", "flip")  # up to so many epochs, the network fits too little to bear cutout
 
 
@@ -50,37 +49,22 @@ class SixViews(nn.Module):
         return sum(weight * (self.model(view) + self.model(view.flip(3))) / 2 for view, weight in views)
 
 
-def run(epochs: int, seed: int) -> dict[str, float]:
-    """Trains, or takes up what runs/ has of it, and says how long it took and how good it is."""
+def run(epochs: float, seed: int) -> dict[str, float]:
+    """Trains, or takes up what runs/ has of it, and says how long it took and how good it is.
+
+    A part of an epoch is an epoch over that part of the training images.
+    """
     augment = SHORT_AUGMENT if epochs <= SHORT else Config().augment
-    config = Config(epochs=epochs, seed=seed, augment=augment, name=f"time-{epochs}-seed{seed}")
-    folder = Path("runs", config.name)
+    folder = Path("runs", f"time-{epochs:g}-seed{seed}")
+    left_out = round(max(0, 1 - epochs) * TRAIN_COUNT)
+    config = Config(epochs=math.ceil(epochs), holdout=left_out, seed=seed, augment=augment, name=folder.name)
     if (folder / "last.pt").exists():
         config = dataclasses.replace(config, resume=str(folder))  # of a finished run, `fit` only reads the end
     torch.manual_seed(seed)
     history = fit(config, model := Net())
-    return {
-        "seconds": history["seconds"][-1],
-        "plain": history["test_accuracy"][-1],
-        "averaged": evaluate(SixViews(model), make_loaders(config)[1])[1],
-    }
-
-
-def run_part(share: float, seed: int) -> dict[str, float]:
-    """As `run`, but an epoch over the first `share` of the training images only, which are in no order, unsaved."""
-    config = Config(epochs=1, seed=seed, augment=SHORT_AUGMENT)
-    keep_freed_memory()
-    torch.manual_seed(seed)
-    model = Net().to(memory_format=torch.channels_last)
-    train_loader, test_loader = make_loaders(config)
-    part = train_loader.dataset.subset(range(round(share * len(train_loader.dataset))), config.augment)
-    loader = make_loader(part, config.batch_size, train=True, workers=config.workers)
-    optimizer = recipe_optimizer(model, config.lr)
-    scheduler = LambdaLR(optimizer, lambda step: 1 - step / len(loader))
-    meter = Meter(torch.zeros(2))
-    train_one_epoch(model, loader, optimizer, scheduler, label_smoothing=config.label_smoothing, meter=meter)
+    _, test_loader = make_loaders(dataclasses.replace(config, holdout=0))
     plain, averaged = (evaluate(network, test_loader)[1] for network in (model, SixViews(model)))
-    return {"seconds": meter.seconds, "plain": plain, "averaged": averaged}
+    return {"seconds": history["seconds"][-1], "plain": plain, "averaged": averaged}
 
 
 def baseline_seconds() -> tuple[float, float, float]:
@@ -107,10 +91,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, nargs="+", default=[0.5, 1, 6, Config().epochs])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
+    if not all(epochs < 1 or epochs.is_integer() for epochs in arguments.epochs):
+        parser.error("epochs are whole, or a part of one")
     original, peer, limit = baseline_seconds()
     rows = []
     for epochs in arguments.epochs:
-        results = [run_part(epochs, seed) if epochs < 1 else run(int(epochs), seed) for seed in arguments.seeds]
+        results = [run(epochs, seed) for seed in arguments.seeds]
         columns = {key: [result[key] for result in results] for key in results[0]}
         mean = {key: statistics.fmean(values) for key, values in columns.items()}
         spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in columns.items()}

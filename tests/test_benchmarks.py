@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from model import Net, Residual
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -70,21 +73,82 @@ def test_operations_are_those_of_the_multiply_adds():
     assert step.operations(nn.SiLU(), torch.zeros(2, 8)) == 0
 
 
-def test_six_views_of_a_symmetric_network_are_one():
-    six_views = importlib.import_module("time_to_accuracy").SixViews
+def test_six_views_are_three_places_and_their_mirror_images():
+    seen = []
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return images.flatten(1)
+
     images = torch.rand(2, 3, 32, 32)
-    mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    torch.testing.assert_close(six_views(mean)(images), mean(images), rtol=0.1, atol=0.05)
-    centre = nn.Flatten()
-    weights = six_views(centre)(torch.ones(1, 3, 32, 32))
-    torch.testing.assert_close(weights, torch.ones(1, 3072))
+    averaged = importlib.import_module("time_to_accuracy").SixViews(network)(images)
+    assert torch.equal(seen[0], images)
+    assert torch.equal(seen[2][:, :, 1:, 1:], images[:, :, :-1, :-1])  # moved down and right
+    assert torch.equal(seen[4][:, :, :-1, :-1], images[:, :, 1:, 1:])
+    for view, mirrored in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(view.flip(3), mirrored)
+    weights = torch.tensor([1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
+    expected = sum(weight * view.flatten(1) for weight, view in zip(weights, seen, strict=True))
+    torch.testing.assert_close(averaged, expected)
 
 
 def test_a_wider_network_keeps_its_layers():
-    wide = importlib.import_module("growth").widened(importlib.import_module("model").Net(), 1.5)
+    wide = importlib.import_module("growth").widened(Net(), 1.5)
     assert wide(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert wide.c3[0][0].conv.weight.shape == (336, 336, 3, 3)
     depthwise = wide.c4[1].depthwise.conv
     assert depthwise.groups == depthwise.in_channels == 486
-    same = importlib.import_module("growth").widened(importlib.import_module("model").Net(), 1.0)
+    same = importlib.import_module("growth").widened(Net(), 1.0)
     assert sum(p.numel() for p in same.parameters()) == 2_034_040
+
+
+BATCH_NORM = "BatchNorm off, scale and shift left, and Muon's rescaling off"
+
+
+def test_each_switch_of_the_ablation_turns_off_what_it_says():
+    ablation = importlib.import_module("ablation")
+    names = {name: make(Net()) for name, make in ablation.NETWORKS.items()}
+    images = torch.randn(2, 3, 32, 32)
+    for net in names.values():
+        assert net(images).shape == (2, 10)
+    count = {name: sum(p.numel() for p in net.parameters()) for name, net in names.items()}
+    assert count["dilation off"] == count["shortcuts off"] == count[BATCH_NORM] == 2_034_040
+    layers = {name: list(net.modules()) for name, net in names.items()}
+    convolutions = [m for m in layers["dilation off"] if isinstance(m, nn.Conv2d)]
+    assert {conv.dilation for conv in convolutions} == {(1, 1)}
+    assert not [m for m in layers[BATCH_NORM] if isinstance(m, nn.BatchNorm2d)]
+    assert not [m for m in layers["shortcuts off"] if isinstance(m, Residual)]
+    for name in ("depthwise filters off, 1×1 left", "dense 3×3 instead of depthwise-separable"):
+        assert {m.groups for m in layers[name] if isinstance(m, nn.Conv2d)} == {1}
+    assert count["depthwise filters off, 1×1 left"] == 2_034_040 - 2 * (9 + 2) * 324
+    assert ablation.SETTINGS["crop off"] == {"augment": ("flip", "cutout")}
+
+
+def test_the_ablation_trains_once_and_then_reads(monkeypatch):
+    ablation = importlib.import_module("ablation")
+    small = {"batch_size": 50, "workers": 0, "precision": "fp32"}
+    monkeypatch.setattr(ablation, "SETTINGS", {"label smoothing off": {"label_smoothing": 0.0, **small}})
+    first = ablation.train("label smoothing off", 1, 0)
+    assert Path("runs/ablation-1-label-smoothing-off-seed0/last.pt").exists()
+    assert ablation.train("label smoothing off", 1, 0) == first
+    assert first[2] == 2_034_040
+
+
+def test_a_run_of_the_ablation_that_diverges_is_named():
+    rows = importlib.import_module("ablation").rows
+    found = rows(
+        {"all on": [(90.0, 95.0, 10), (91.0, 96.0, 10)], "this off": [(80.0, 85.0, 9), (math.nan,) * 2 + (9,)]}
+    )
+    assert found == [("all on", "90.50 ± 0.71", "+0.00", "95.50", 10), ("this off", "diverged, 1 of 2", "", "", 9)]
+    assert rows({"all on": [(90.0, 95.0, 10)], "that off": [(89.0, 94.0, 10)]})[1][1:3] == ("89.00 ± 0.00", "-1.00")
+
+
+def test_inference_is_timed_for_networks_that_answer_alike(tmp_path):
+    ways = importlib.import_module("inference").candidates(net := Net(), tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = net.eval()(images)
+    for name in ("PyTorch, fp32", "PyTorch, bf16", "ONNX Runtime, fp32"):
+        answer = ways[name](images)
+        answer = torch.from_numpy(answer[0]) if isinstance(answer, list) else answer
+        torch.testing.assert_close(answer, expected, rtol=0, atol=0.2 if "bf16" in name else 1e-3)

@@ -1,0 +1,134 @@
+"""What each part of the network and of the recipe is worth: one switch off at a time.
+
+`python benchmarks/ablation.py --epochs 6 --seeds 0 1` trains, from CIFAR-10 (see the README), a run for each switch and
+each seed, saved in runs/ and not repeated when it is there already, then prints test accuracies of the last epoch.
+What is left out is not made up for, so some networks are smaller or larger: their parameters are in the table.
+"""
+
+import argparse
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import report
+from torch import Tensor, nn
+
+from config import Config
+from errors import NonFiniteLossError
+from model import Net, Residual, conv_bn
+from train import fit
+
+
+class Scale(nn.Module):
+    """A weight and a bias for each channel of (N, C, H, W): BatchNorm without the normalisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels, 1, 1)), nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+def replaced(net: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> nn.Module:
+    """`net` with `make(module)` in the place of each of its modules of this kind."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, kind):
+            net.set_submodule(name, make(module))
+    return net
+
+
+def without_dilation(net: Net) -> nn.Module:
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.dilation > (1, 1):
+            layer.padding, layer.dilation = (1, 1), (1, 1)
+    return net
+
+
+def without_depthwise(net: Net) -> nn.Module:
+    for block in net.c4.modules():
+        if hasattr(block, "depthwise"):
+            block.depthwise = nn.Identity()
+    return net
+
+
+def with_dense(net: Net) -> nn.Module:
+    for name in ("c4.0.0", "c4.1"):
+        out_channels, in_channels = net.get_parameter(f"{name}.pointwise.conv.weight").shape[:2]
+        net.set_submodule(name, conv_bn(in_channels, out_channels))
+    return net
+
+
+def without_gap(net: Net) -> nn.Module:
+    net.set_submodule("gap", nn.Identity())
+    net.fc = nn.Linear(16 * net.fc.in_features, net.fc.out_features, bias=False)
+    return net
+
+
+AUGMENT = Config().augment
+NETWORKS: dict[str, Callable[[Net], nn.Module]] = {
+    "dilation off": without_dilation,
+    "depthwise filters off, 1×1 left": without_depthwise,
+    "dense 3×3 instead of depthwise-separable": with_dense,
+    "BatchNorm off, scale and shift left, and Muon's rescaling off": lambda net: replaced(
+        net, nn.BatchNorm2d, lambda norm: Scale(norm.num_features)
+    ),
+    "GAP off, linear on all 4×4 places": without_gap,
+    "shortcuts off": lambda net: replaced(net, Residual, lambda block: nn.Sequential(*block)),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "augmentation off": {"augment": ()},
+    **{f"{name} off": {"augment": tuple(n for n in AUGMENT if n != name)} for name in AUGMENT},
+    "label smoothing off": {"label_smoothing": 0.0},
+}
+
+
+def train(switch: str, epochs: int, seed: int) -> tuple[float, float, int]:
+    """Test and training accuracy in percent after the last epoch (NaN if it diverged), and the parameters."""
+    name = f"ablation-{epochs}-{'-'.join(switch.replace(',', '').split())}-seed{seed}"
+    config = Config(epochs=epochs, seed=seed, name=name, **SETTINGS.get(switch, {}))
+    if (Path("runs") / name / "last.pt").exists():
+        config = dataclasses.replace(config, resume=str(Path("runs", name)))
+    torch.manual_seed(seed)
+    net = NETWORKS.get(switch, lambda net: net)(Net())
+    try:
+        history = fit(config, net)
+    except NonFiniteLossError:
+        history = {"test_accuracy": [math.nan], "train_accuracy": [math.nan]}
+    return history["test_accuracy"][-1], history["train_accuracy"][-1], sum(p.numel() for p in net.parameters())
+
+
+def rows(results: dict[str, list[tuple[float, float, int]]]) -> list[tuple]:
+    """A line of the table for each switch, given what `train` returned for each seed; the first is the reference."""
+    table, reference = [], math.nan
+    for switch, runs in results.items():
+        test, training, parameters = zip(*runs, strict=True)
+        if lost := sum(map(math.isnan, test)):
+            table.append((switch, f"diverged, {lost} of {len(test)}", "", "", parameters[0]))
+            continue
+        mean, spread = statistics.fmean(test), statistics.stdev(test) if len(test) > 1 else 0.0
+        reference = mean if math.isnan(reference) else reference
+        texts = f"{mean:.2f} ± {spread:.2f}", f"{mean - reference:+.2f}", f"{statistics.fmean(training):.2f}"
+        table.append((switch, *texts, parameters[0]))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+    results = {
+        switch: [train(switch, options.epochs, seed) for seed in options.seeds]
+        for switch in ("all on", *NETWORKS, *SETTINGS)
+    }
+    columns = "switch", "test accuracy, %", "difference", "training accuracy, %", "parameters"
+    report("ablation", columns, rows(results), epochs=options.epochs, seeds=len(options.seeds))
+
+
+if __name__ == "__main__":
+    main()
