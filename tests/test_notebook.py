@@ -5,6 +5,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from torch import nn
+
+from model import Net, receptive_field
 
 NOTEBOOK = Path(__file__).parents[1] / "S9_Final.ipynb"
 
@@ -24,6 +27,33 @@ def test_is_short_and_defines_nothing(notebook):
     assert len(lines) <= 80
     assert not [line for line in lines if line.lstrip().startswith(("def ", "class "))]
     assert NOTEBOOK.stat().st_size < 500_000
+
+
+def test_the_numbers_in_the_text_are_those_of_the_network(notebook):
+    text, net = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"), Net()
+
+    def weights(*names: str) -> int:
+        return sum(net.get_parameter(f"{name}.weight").numel() for name in names)
+
+    separable = weights("c4.0.0.depthwise.conv", "c4.0.0.pointwise.conv")
+    channels = len(net.get_parameter("c4.0.0.pointwise.conv.weight"))
+    dense = 9 * channels**2
+    norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+    after = receptive_field(net)
+    dilated = net.get_submodule("c3.0.0.conv")
+    dilated.dilation = (1, 1)
+    before = receptive_field(net)["c4"]
+    for claim in (
+        f"{weights('c1.0.conv')} weights",
+        f"{sum(p.numel() for norm in norms for p in norm.parameters()):,} of the 2,034,040 parameters",
+        f"from {before} to {after['c4']} pixels",
+        f"From {channels} to {channels} channels that takes {separable:,} weights instead of the {dense:,} ",
+        f"{dense / separable:.1f} times fewer",
+        f"each of the {net.fc.in_features} maps",
+        f"needs {weights('fc'):,} weights; on all places it would need {16 * weights('fc'):,}",
+        f"from {after['c1']} pixels after C1 to {after['c2']}, {after['c3']} and {after['c4']}",
+    ):
+        assert claim in text
 
 
 def test_is_committed_from_one_clean_run(notebook):

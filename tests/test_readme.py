@@ -1,24 +1,32 @@
 """The README's figures are those of the saved runs, and its commands are real."""
 
-import base64
 import importlib
 import json
 import re
 from pathlib import Path
 
 import nbformat
+import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from config import parse_args
 from model import Net
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
+README, CARD = ((REPOSITORY / name).read_text() for name in ("README.md", "weights/README.md"))
 
 
-def test_the_numbers_are_those_of_the_saved_runs(monkeypatch):
+@pytest.fixture
+def readme(monkeypatch):
+    """The module that writes the READMEs."""
     monkeypatch.syspath_prepend(REPOSITORY / "results")
-    collect, readme = importlib.import_module("collect"), importlib.import_module("readme")
+    return importlib.import_module("readme")
+
+
+def test_the_numbers_are_those_of_the_saved_runs(readme):
+    collect = importlib.import_module("collect")
     runs = readme.saved_runs()
     assert [run["config"]["seed"] for run in runs] == list(range(len(runs)))
     for run in runs:
@@ -30,7 +38,7 @@ def test_the_numbers_are_those_of_the_saved_runs(monkeypatch):
     assert f"**{sum(run['history']['test_accuracy'][-1] for run in runs) / len(runs):.2f} %**" in README
 
 
-def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_0():
+def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_0(readme):
     notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
@@ -38,12 +46,12 @@ def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_
     epochs = re.findall(r"^epoch \d+/\d+: train ([\d.]+) % .*?, test ([\d.]+) %", printed, re.MULTILINE)
     saved = zip(history["train_accuracy"], history["test_accuracy"], strict=True)
     assert epochs == [(f"{train:.2f}", f"{test:.2f}") for train, test in saved]
-    pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
-    assert (REPOSITORY / "results/misclassified.png").read_bytes() == pictures[-1]
+    picture = readme.picture_of("plot_misclassified(test_set, log_probs)")
+    assert (REPOSITORY / "results/misclassified.png").read_bytes() == picture
 
 
 def test_the_commands_shown_are_accepted():
-    commands = re.findall(r"^python train\.py (--(?!help|resume).*?)\s+#", README, re.MULTILINE)
+    commands = re.findall(r"^python train\.py (--(?!help|resume).*?)(?:\s+#.*)?$", README + CARD, re.MULTILINE)
     assert commands
     for command in commands:
         parse_args(command.split())
@@ -55,10 +63,12 @@ def test_the_make_targets_shown_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_file_and_picture_named_is_there():
-    for path in set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"^\| `([\w./]+)`", README, re.M)):
-        if "." in path or "/" in path:
-            assert (REPOSITORY / path).exists(), path
+def test_every_file_and_picture_named_is_there(readme):
+    for page in readme.READMES:
+        text = page.read_text()
+        for path in set(re.findall(r"\]\((?!http)([^)]+)\)", text)) | set(re.findall(r"^\| `([\w./]+)`", text, re.M)):
+            if "." in path or "/" in path:
+                assert (page.parent / path).exists(), f"{path}, named in {page}"
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
@@ -66,13 +76,19 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     model = Net()
     Path("runs/NAME").mkdir(parents=True)
     torch.save(model.state_dict(), "runs/NAME/model.pt")
+    Image.new("RGB", (60, 40)).save("photo.jpg")
+    my_loader = DataLoader(TensorDataset(torch.randn(20, 3, 32, 32), torch.arange(20) % 2), batch_size=10)
     small = {"Config(epochs=40)": "Config(epochs=1, batch_size=100, workers=0)", "workers=2": "workers=0"}
-    names = {"__name__": "__main__", "my_network": Net(), "images": torch.zeros(2, 3, 32, 32)}
+    names = {"__name__": "__main__", "my_network": Net(), "my_loader": my_loader}
+    names["images"] = torch.zeros(2, 3, 32, 32)
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for example in examples:
         for real, quick in small.items():
             example = example.replace(real, quick)
         exec(example, names)
     assert len(names["history"]["epoch"]) == 1
-    assert torch.equal(names["log_probs"], model.eval()(names["images"]))
+    assert torch.equal(names["log_probs"], Net.from_pretrained()(names["images"]))
+    assert torch.equal(names["mine"].fc.weight, model.fc.weight)
+    assert Path("answers.png").stat().st_size > 1000
+    assert names["net"].fc.weight.shape == (2, model.fc.in_features)
     assert next(iter(names["loader"]))[0].shape == (128, 3, 32, 32)
