@@ -34,8 +34,10 @@ def candidates(model: nn.Module, folder: Path) -> dict[str, Callable[[Tensor], A
     compiled = torch.compile(model, dynamic=False)
 
     def autocast(network: Callable[[Tensor], Tensor], precision: str) -> Callable[[Tensor], Tensor]:
+        runtime = choose_runtime("cpu", precision)
+
         def answer(images: Tensor) -> Tensor:
-            with torch.inference_mode(), choose_runtime("cpu", precision).autocast():
+            with torch.inference_mode(), runtime.autocast():
                 return network(images)
 
         return answer
@@ -61,7 +63,6 @@ def main() -> None:
         ways = candidates(Net(), Path(folder))
         for size in BATCHES:
             images, _ = random_batch(size)
-
             seconds = alternate({name: partial(calls, answer, images) for name, answer in ways.items()}, ROUNDS)
             for name, times in seconds.items():
                 median, spread = middle(times)
