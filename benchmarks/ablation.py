@@ -6,15 +6,13 @@ What is left out is not made up for, so some networks are smaller or larger: the
 """
 
 import argparse
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import report
+from common import report, taken_up
 from torch import Tensor, nn
 
 from config import Config
@@ -90,9 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def train(switch: str, epochs: int, seed: int) -> tuple[float, float, int]:
     """Test and training accuracy in percent after the last epoch (NaN if it diverged), and the parameters."""
     name = f"ablation-{epochs}-{'-'.join(switch.replace(',', '').split())}-seed{seed}"
-    config = Config(epochs=epochs, seed=seed, name=name, **SETTINGS.get(switch, {}))
-    if (Path("runs") / name / "last.pt").exists():
-        config = dataclasses.replace(config, resume=str(Path("runs", name)))
+    config = taken_up(Config(epochs=epochs, seed=seed, name=name, **SETTINGS.get(switch, {})))
     torch.manual_seed(seed)
     net = NETWORKS.get(switch, lambda net: net)(Net())
     try:

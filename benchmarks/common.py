@@ -1,5 +1,6 @@
 """What every benchmark needs: timing side by side, and a table that is printed and saved."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -71,6 +72,12 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size
     options["label_smoothing"] = Config().label_smoothing
     one_batch = DataLoader(TensorDataset(images[None], labels[None]), batch_size=None)
     return lambda: train_one_epoch(model, one_batch, optimizer, **options)
+
+
+def taken_up(config: Config) -> Config:
+    """These settings, to go on with what runs/ holds of the run, if it does; of a finished one, `fit` reads the end."""
+    folder = Path("runs", str(config.name))
+    return dataclasses.replace(config, resume=str(folder)) if (folder / "last.pt").exists() else config
 
 
 def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any) -> None:

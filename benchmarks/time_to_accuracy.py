@@ -16,11 +16,10 @@ import argparse
 import dataclasses
 import math
 import statistics
-from pathlib import Path
 
 import torch
 from baselines import airbench94_muon_network, original_network
-from common import alternate, largest_convolution, middle, report, training_step
+from common import alternate, largest_convolution, middle, report, taken_up, training_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,11 +54,9 @@ def run(epochs: float, seed: int) -> dict[str, float]:
     A part of an epoch is an epoch over that part of the training images.
     """
     augment = SHORT_AUGMENT if epochs <= SHORT else Config().augment
-    folder = Path("runs", f"time-{epochs:g}-seed{seed}")
+    name = f"time-{epochs:g}-seed{seed}"
     left_out = round(max(0, 1 - epochs) * TRAIN_COUNT)
-    config = Config(epochs=math.ceil(epochs), holdout=left_out, seed=seed, augment=augment, name=folder.name)
-    if (folder / "last.pt").exists():
-        config = dataclasses.replace(config, resume=str(folder))  # of a finished run, `fit` only reads the end
+    config = taken_up(Config(epochs=math.ceil(epochs), holdout=left_out, seed=seed, augment=augment, name=name))
     torch.manual_seed(seed)
     history = fit(config, model := Net())
     _, test_loader = make_loaders(dataclasses.replace(config, holdout=0))

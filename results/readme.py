@@ -49,7 +49,7 @@ def summary(runs: list[dict]) -> str:
         "A notebook and a handful of short modules that train a "
         f"{runs[0]['parameters']:,}-parameter network on CIFAR-10 to "
         f"**{mean(runs, 'test_accuracy')} %** test accuracy in {epochs} epochs, which take "
-        f"{first['seconds'][-1] / 60:.0f} minutes on {threads} of an {processor} processor, without a GPU. "
+        f"{minutes(first['seconds'][-1])} minutes on {threads} of an {processor} processor, without a GPU. "
         f"Trained weights ship with it: **{measured['accuracy']:.2f} %**, after {long['config']['epochs']} epochs."
     )
 
@@ -181,7 +181,7 @@ def recipe() -> str:
             flags.append(f"--{name.replace('_', '-')} {text}")
     history = run["history"]
     return (
-        f"```bash\n{' '.join(flags)}\n```\n\n{history['seconds'][-1] / 60:.0f} minutes of training on "
+        f"```bash\n{' '.join(flags)}\n```\n\n{minutes(history['seconds'][-1])} minutes of training on "
         f"{run['hardware']} ({run['runtime']}), torch {run['versions']['torch']}; "
         f"{history['train_accuracy'][-1]:.2f} % of the augmented training images right in the last epoch."
     )
