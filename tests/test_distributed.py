@@ -80,7 +80,7 @@ def test_several_machines_cannot_restart_with_one_store_for_all_starts(monkeypat
 
 
 WHOLE_BATCH_NORM = """
-import sys
+import sys, weakref
 sys.path.insert(0, {repository!r})
 import torch
 from torch import nn
@@ -90,6 +90,7 @@ def grid(*shape):
     return torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) ** 2).reshape(shape)
 
 with distributed.process_group("cpu"):
+    group = weakref.ref(torch.distributed.group.WORLD)
     start, end = ((0, 5), (5, 7))[distributed.rank()]
     images, weights = 50 + grid(7, 3, 4, 4), grid(7, 3, 4, 4).flip(0)
     torch.manual_seed(0)
@@ -114,8 +115,9 @@ with distributed.process_group("cpu"):
         torch.testing.assert_close(2 * ours.grad, theirs.grad)  # DistributedDataParallel takes the mean of the two
     torch.testing.assert_close(dict(two[0].named_buffers()), dict(one.named_buffers()))
     torch.testing.assert_close(two(part), one(part))  # each alone again
-    del network, output  # outliving the process group, they sometimes abort Python at the end
     print("equal")
+del network, output
+assert group() is None, "a process group whose threads outlive Python's end aborts it now and then"
 """
 
 
