@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import report, taken_up
+from common import as_mean, report, taken_up
 from torch import Tensor, nn
 
 from config import Config
@@ -106,9 +106,9 @@ def rows(results: dict[str, list[tuple[float, float, int]]]) -> list[tuple]:
         if lost := sum(map(math.isnan, test)):
             table.append((switch, f"diverged, {lost} of {len(test)}", "", "", parameters[0]))
             continue
-        mean, spread = statistics.fmean(test), statistics.stdev(test) if len(test) > 1 else 0.0
+        mean = statistics.fmean(test)
         reference = mean if math.isnan(reference) else reference
-        texts = f"{mean:.2f} ± {spread:.2f}", f"{mean - reference:+.2f}", f"{statistics.fmean(training):.2f}"
+        texts = as_mean(test), f"{mean - reference:+.2f}", f"{statistics.fmean(training):.2f}"
         table.append((switch, *texts, parameters[0]))
     return table
 

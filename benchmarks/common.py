@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,6 +102,11 @@ def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any)
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+
+
+def as_mean(values: Sequence[float]) -> str:
+    """Their mean and standard deviation, such as 93.12 ± 0.01; a single one as it is."""
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def as_text(value: float | str) -> str:

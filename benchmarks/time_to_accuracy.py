@@ -19,7 +19,7 @@ import statistics
 
 import torch
 from baselines import airbench94_muon_network, original_network
-from common import alternate, largest_convolution, middle, report, taken_up, training_step
+from common import alternate, as_mean, largest_convolution, middle, report, taken_up, training_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,11 +94,8 @@ def main() -> None:
     rows = []
     for epochs in arguments.epochs:
         results = [run(epochs, seed) for seed in arguments.seeds]
-        columns = {key: [result[key] for result in results] for key in results[0]}
-        mean = {key: statistics.fmean(values) for key, values in columns.items()}
-        spread = {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in columns.items()}
-        texts = [f"{mean[key]:.2f} ± {spread[key]:.2f}" for key in ("plain", "averaged")]
-        seconds = mean["seconds"]
+        texts = [as_mean([result[key] for result in results]) for key in ("plain", "averaged")]
+        seconds = statistics.fmean(result["seconds"] for result in results)
         ratios = f"1/{original / seconds:.0f}", f"{seconds / peer:.2f}"
         rows.append((f"{epochs:g}", len(results), *texts, round(seconds), round(seconds * limit / 425), *ratios))
     report(

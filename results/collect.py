@@ -21,13 +21,14 @@ sys.path.insert(0, str(REPOSITORY))
 
 from config import FREE, Config  # noqa: E402
 
+DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # settings as a metrics.json has them
+
 
 def is_default(run: dict) -> bool:
     """Whether a run has the default settings, but for the seed and those that change nothing, and all its epochs."""
-    default = json.loads(json.dumps(dataclasses.asdict(Config())))
-    same = all(run["config"].get(field) == value for field, value in default.items() if field not in (*FREE, "seed"))
-    epochs, rates = default["epochs"], run["history"]["lr"]  # those of a run made longer afterwards are others
-    return same and rates == [default["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
+    same = all(run["config"].get(field) == value for field, value in DEFAULT.items() if field not in (*FREE, "seed"))
+    epochs, rates = DEFAULT["epochs"], run["history"]["lr"]  # those of a run made longer afterwards are others
+    return same and rates == [DEFAULT["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
 
 
 def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -59,7 +60,7 @@ def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 def smaller(png: bytes) -> bytes:
     """The picture in its 160 best colours."""
     picture, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
-    picture.quantize(160, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    picture.quantize(160, kmeans=3, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

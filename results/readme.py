@@ -5,28 +5,27 @@ weights/*.json; the picture of mistakes comes from the committed notebook, which
 """
 
 import base64
-import dataclasses
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
 import nbformat
 import torch
+from tables import REPOSITORY, markdown, minutes, saved
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent
-REPOSITORY = RESULTS.parent
 READMES = tuple(REPOSITORY / name for name in ("README.md", "benchmarks/README.md", "weights/README.md"))
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
+import model_card  # noqa: E402
 from baselines import airbench94_muon_network, original_network  # noqa: E402
-from common import as_text  # noqa: E402
+from common import as_mean, as_text  # noqa: E402
 
 from architecture import plot_architecture  # noqa: E402
-from config import FREE, Config  # noqa: E402
+from config import FREE  # noqa: E402
 from model import Net  # noqa: E402
 from utils import ORIGINAL_ACCURACY, plot_curves  # noqa: E402
 
@@ -41,14 +40,19 @@ def saved_runs() -> list[dict]:
     return runs
 
 
+def last_accuracies(runs: list[dict]) -> list[float]:
+    """On the test set after the last epoch, in percent."""
+    return [run["history"]["test_accuracy"][-1] for run in runs]
+
+
 def summary(runs: list[dict]) -> str:
     first, epochs = runs[0]["history"], runs[0]["config"]["epochs"]
     processor, threads = runs[0]["hardware"].split(", ")[:2]
-    measured, long = card()
+    measured, long = saved("weights/card"), saved("weights/metrics")
     return (
         "A notebook and a handful of short modules that train a "
         f"{runs[0]['parameters']:,}-parameter network on CIFAR-10 to "
-        f"**{mean(runs, 'test_accuracy')} %** test accuracy in {epochs} epochs, which take "
+        f"**{as_mean(last_accuracies(runs))} %** test accuracy in {epochs} epochs, which take "
         f"{minutes(first['seconds'][-1])} minutes on {threads} of an {processor} processor, without a GPU. "
         f"Trained weights ship with it: **{measured['accuracy']:.2f} %**, after {long['config']['epochs']} epochs."
     )
@@ -73,17 +77,16 @@ PUBLISHED = (
 
 def table(runs: list[dict]) -> str:
     """`Net` beside the original and others of about its size."""
-    first, (measured, long) = runs[0], card()
-    accuracies = [run["history"]["test_accuracy"][-1] for run in runs]
-    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
+    first, measured, long = runs[0], saved("weights/card"), saved("weights/metrics")
+    accuracies = last_accuracies(runs)
     each = ": " + ", ".join(f"{accuracy:.2f}" for accuracy in accuracies) if len(runs) > 1 else ""
-    times = json.loads((REPOSITORY / "benchmarks/time_to_accuracy.json").read_text())
+    times = saved("benchmarks/time_to_accuracy")
     size, work = f"{first['parameters']:,}", f"{multiply_adds(Net()) / 1e6:.0f} million"
     anywhere = "a CPU or a GPU"
     rows = [
         (
             "**this network**, `make run`",
-            f"**{mean(runs, 'test_accuracy')} %**{spread} (last epoch, n = {len(runs)}{each})",
+            f"**{as_mean(accuracies)} %** (last epoch, n = {len(runs)}{each})",
             *(size, work, f"{first['config']['epochs']}", minutes(first["history"]["seconds"][-1]), anywhere),
         ),
         (
@@ -112,10 +115,6 @@ def table(runs: list[dict]) -> str:
     )
 
 
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:,.0f}"
-
-
 def multiply_adds(model: nn.Module) -> int:
     """For one image of 32x32 pixels, in convolutions and linear layers."""
     with FlopCounterMode(display=False) as counter:
@@ -125,7 +124,7 @@ def multiply_adds(model: nn.Module) -> int:
 
 def survival() -> str:
     """What benchmarks/survival.py counted when it last ran."""
-    result = json.loads((REPOSITORY / "benchmarks/survival.json").read_text())
+    result = saved("benchmarks/survival")
     kills, corruptions = result["kills"], result["corruptions"]
     inside = f"{kills.get('inside a write', 0)} of them inside the writing of a checkpoint"
     anew = f"{kills.get('begun anew', 0)} killed before the first save and begun anew"
@@ -148,7 +147,7 @@ def survival() -> str:
 
 def benchmark_table(name: str) -> str:
     """The table that a benchmark saved, and where it ran."""
-    result = json.loads((REPOSITORY / f"benchmarks/{name}.json").read_text())
+    result = saved(f"benchmarks/{name}")
     rows = result.pop("rows")
     table = markdown(tuple(rows[0]), *[tuple(map(as_text, row.values())) for row in rows])
     notes = [result.pop("hardware"), f"torch {result.pop('torch')}"]
@@ -156,72 +155,10 @@ def benchmark_table(name: str) -> str:
     return f"{table}\n\n{'; '.join(notes)}."
 
 
-def card() -> tuple[dict, dict]:
-    """What weights/card.py measured, and the record of the run that the weights come from."""
-    return tuple(json.loads((REPOSITORY / f"weights/{name}.json").read_text()) for name in ("card", "metrics"))
-
-
-def weights() -> str:
-    measured, run = card()
-    return (
-        f"The trained network, {run['parameters']:,} parameters in {measured['bytes'] / 1e6:.1f} MB: "
-        f"**{measured['accuracy']:.2f} %** of the CIFAR-10 test images right, plain, after the last of "
-        f"{run['config']['epochs']} epochs."
-    )
-
-
-def recipe() -> str:
-    """The command that trained the weights, and what it took."""
-    _, run = card()
-    default = json.loads(json.dumps(dataclasses.asdict(Config())))
-    flags = ["python train.py"]
-    for name, value in run["config"].items():
-        if name == "name" or (name not in FREE and value != default[name]):
-            text = " ".join(value) if isinstance(value, list) else value
-            flags.append(f"--{name.replace('_', '-')} {text}")
-    history = run["history"]
-    return (
-        f"```bash\n{' '.join(flags)}\n```\n\n{minutes(history['seconds'][-1])} minutes of training on "
-        f"{run['hardware']} ({run['runtime']}), torch {run['versions']['torch']}; "
-        f"{history['train_accuracy'][-1]:.2f} % of the augmented training images right in the last epoch."
-    )
-
-
-def per_class() -> str:
-    measured, _ = card()
-    names = list(measured["per_class"])
-    return markdown(
-        ("all", *names, "expected calibration error"),
-        (
-            f"**{measured['accuracy']:.2f} %**",
-            *[f"{measured['per_class'][name]:.1f} %" for name in names],
-            f"{measured['expected_calibration_error']:.1f} %",
-        ),
-    )
-
-
-def corruptions() -> str:
-    measured, _ = card()
-    rows = [
-        (name, *[f"{accuracy:.1f} % ({strength})" for strength, accuracy in accuracies.items()])
-        for name, accuracies in measured["corrupted"].items()
-    ]
-    return markdown(("accuracy (strength)", "weakest", "", "", "", "strongest"), *rows)
-
-
-def markdown(*rows: tuple[str, ...]) -> str:
-    """A table, the head first."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(rows[0]), *rows[1:]))
-
-
-def mean(runs: list[dict], quantity: str) -> str:
-    return f"{statistics.fmean(run['history'][quantity][-1] for run in runs):.2f}"
-
-
 def with_numbers(text: str, runs: list[dict]) -> str:
     """A README with the parts between `<!-- name -->` and `<!-- /name -->` written anew."""
     own = {"summary": lambda: summary(runs), "table": lambda: table(runs), "survival": survival}
-    own |= {"weights": weights, "recipe": recipe, "per_class": per_class, "corruptions": corruptions}
+    own |= {name: getattr(model_card, name) for name in ("weights", "recipe", "per_class", "corruptions")}
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         before, rest = text.split(f"<!-- {name} -->\n")
         after = rest.split(f"<!-- /{name} -->")[1]

@@ -47,6 +47,7 @@ def test_candidates_take_turns_and_the_first_call_does_not_count():
     assert "".join(calls) == "abababab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     assert common.middle([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert (common.as_mean([93.0, 94.0]), common.as_mean([93.0])) == ("93.50 ± 0.71", "93.00")
 
 
 def test_a_report_is_saved_with_the_machine(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+import predict
 from config import parse_args
 from model import Net
 
@@ -38,6 +39,14 @@ def test_the_numbers_are_those_of_the_saved_runs(readme):
     assert f"**{sum(run['history']['test_accuracy'][-1] for run in runs) / len(runs):.2f} %**" in README
 
 
+def test_the_commands_of_a_training_made_longer_are_found_from_its_rates(readme):
+    sittings = readme.model_card.sittings
+    rates = [0.12 * (1 - epoch / 7) for epoch in range(7)]
+    assert sittings(0.12, rates) == [7]
+    assert sittings(0.12, rates + [0.12 * (1 - epoch / 16) for epoch in range(7, 16)]) == [7, 16]
+    assert sittings(0.12, rates[:1]) == [1]
+
+
 def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_0(readme):
     notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -55,6 +64,18 @@ def test_the_commands_shown_are_accepted():
     assert commands
     for command in commands:
         parse_args(command.split())
+
+
+def test_the_commands_of_predict_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("holiday").mkdir()
+    for name in ("photo.jpg", "holiday/beach.png"):
+        Image.new("RGB", (60, 40)).save(name)
+    commands = re.findall(r"^python predict\.py (.*?)(?:\s+[#>].*)?$", README, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert predict.main(command.split()) == 0
+        assert "beach.png" in capsys.readouterr().out
 
 
 def test_the_make_targets_shown_exist():
