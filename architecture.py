@@ -48,8 +48,8 @@ def plot_architecture(model: nn.Module, size: int = SIZE) -> Figure:
             ends[name] = x - step / 2, x + step / 2, height / 2
         right = x + step / 2
         parameters = sum(p.numel() for p in probe.get_submodule(block).parameters())
-        title = f"{block.upper()}, sees {field} px\n{parameters:,} parameters"
-        axes.text((left + right) / 2, 0.9 * size, title, ha="center", va="top")
+        title = f"{block.upper()}: {parameters:,} parameters\nreceptive field {field}×{field} px"
+        axes.text((left + right) / 2, 0.9 * size, title, ha="center", va="top", fontsize=9)
         axes.axvspan(left, right, 0.1, color="0.94", zorder=-1)
     for name, layer in probe.named_modules():
         if isinstance(layer, Residual):
@@ -64,7 +64,9 @@ def plot_architecture(model: nn.Module, size: int = SIZE) -> Figure:
     axes.text(x + step, 0, " average,\n linear,\n log-softmax", va="center")
     axes.set(xlim=(-5, x + 2.2 * step), ylim=(-size, 0.95 * size))
     axes.axis("off")
-    axes.legend(handles=list(used.values()), ncols=len(used), loc="lower center", frameon=False)
+    axes.legend(handles=list(used.values()), ncols=len(used), loc="lower left", frameon=False)
+    note = "width: channels; height: pixels after pooling; arrows: shortcuts"
+    axes.text(x + 2 * step, -0.96 * size, note, ha="right", fontsize=9)
     plt.close(figure)
     return figure
 

@@ -66,8 +66,8 @@ class Net(nn.Module):
             Residual(conv_bn(80, 80), conv_bn(80, 80)),  # (N, 80, 16, 16)
             conv_bn(80, 224, pool=True),  # (N, 224, 8, 8)
         )
-        # C3 recognises parts: the dilated convolution looks over 5 of the 8 positions at once,
-        # which shows it the whole object at no extra cost, and the dense one fills in between.
+        # C3 recognises parts: the dilated convolution looks over 5 of the 8 positions at once, so that
+        # at the end even the corners see the whole image, and the dense one fills in between.
         self.c3 = nn.Sequential(
             Residual(conv_bn(224, 224, dilation=2), conv_bn(224, 224)),  # (N, 224, 8, 8)
             conv_bn(224, 324, pool=True),  # (N, 324, 4, 4)

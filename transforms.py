@@ -64,7 +64,7 @@ class Crop(BatchTransform):
 
 
 class Flip(BatchTransform):
-    """Mirrors left and right, for draws of at least a half."""
+    """Mirrors left and right, for draws of at least a half; dataset.py makes these alternate from epoch to epoch."""
 
     name, numbers = "flip", 1
 

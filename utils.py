@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from dataset import CIFAR10, CLASS_COLOURS, SIZE
-from transforms import denormalize
+from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, denormalize
 
 TRAIN, TEST, ORIGINAL = "#0072B2", "#D55E00", "#666666"  # colour-blind safe (Okabe & Ito, 2008)
 ORIGINAL_ACCURACY = 73.20  # percent on the test set, the best of 20 epochs, of the network reimplemented here
@@ -59,7 +59,7 @@ def plot_curves(history: dict[str, list]) -> Figure:
     return figure
 
 
-def plot_samples(dataset: CIFAR10, per_class: int = 10, seed: int = 0) -> Figure:
+def plot_samples(dataset: CIFAR10, per_class: int = 8, seed: int = 0) -> Figure:
     """Pictures of each class drawn at random, one class a row, without augmentation."""
     rng = np.random.default_rng(seed)
     labels = dataset.labels.numpy()
@@ -75,17 +75,19 @@ def plot_samples(dataset: CIFAR10, per_class: int = 10, seed: int = 0) -> Figure
     return figure
 
 
-def plot_augmentations(dataset: CIFAR10, index: int = 0, draws: int = 20) -> Figure:
-    """One image as it is, then as `dataset` draws it in each of the first `draws` - 1 epochs."""
-    columns = 10
-    figure, grid = picture_grid(-(-draws // columns), columns, width=10, title_height=0.25)
-    drawn = torch.stack([dataset[epoch, index][0] for epoch in range(draws - 1)])
-    pictures = [dataset.images[index].numpy(), *denormalize(drawn)]
-    titles = ["as it is", *(f"epoch {epoch}" for epoch in range(1, draws))]
-    for axes, picture, title in zip(grid.flat, pictures, titles, strict=False):
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_title(title, fontsize=9)
-    figure.suptitle(dataset.classes[int(dataset.labels[index])])
+def plot_augmentations(dataset: CIFAR10, augment: Sequence[str] = DEFAULT_AUGMENT, index: int = 0) -> Figure:
+    """What is done to image `index` in the first seven epochs: a row for each augmentation, the last for `augment`."""
+    epochs = 7
+    rows = {name: (name,) for name in AUGMENTATIONS} | {"\n".join(augment): augment}
+    figure, grid = picture_grid(len(rows), 1 + epochs, width=8)
+    for row, (name, names) in zip(grid, rows.items(), strict=True):
+        one = dataset.subset([index], names)
+        drawn = denormalize(torch.stack([one[epoch, 0][0] for epoch in range(epochs)]))
+        for axes, picture in zip(row, (dataset.images[index].numpy(), *drawn), strict=True):
+            axes.imshow(picture, interpolation="nearest")
+        row[0].text(-0.1, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
+    for axes, title in zip(grid[0], ("as it is", *(f"epoch {epoch + 1}" for epoch in range(epochs))), strict=True):
+        axes.set_title(title, fontsize=11)
     return figure
 
 
@@ -110,39 +112,50 @@ def plot_misclassified(dataset: CIFAR10, log_probs: Tensor, count: int = 20) -> 
     return figure
 
 
-def plot_attention(dataset: CIFAR10, log_probs: Tensor, model: nn.Module, layer: nn.Module, count: int = 8) -> Figure:
-    """Where a network looks, by Grad-CAM (Selvaraju et al., 2017): brighter places speak more for the class.
+def plot_attention(dataset: CIFAR10, log_probs: Tensor, model: nn.Module, layer: nn.Module) -> Figure:
+    """Where a network looks, by Grad-CAM (Selvaraju et al., 2017): what stays light speaks for the class.
 
-    Above, mistakes with what speaks for the answer and for the truth; below, right answers. The most confident first.
+    Above, the ten most confident mistakes, with what speaks for the answer and for the truth, both on one scale; below,
+    the most confident right answer of each class.
 
     Args:
         dataset: The images, in the order of `log_probs`.
         log_probs: (N, 10), as `train.predict` returns them for `model`.
         model: The network; the scores that are explained are its `logits` if it has that method, else its answers.
         layer: The part of it whose output is weighed, such as `model.c4`.
-        count: How many of each to show at most.
     """
     probs, predicted = log_probs.exp().max(1)
+    truth, count = dataset.labels, len(dataset.classes)
     order = probs.argsort(descending=True, stable=True)
-    wrong = order[(predicted != dataset.labels)[order]][:count].tolist()
-    right = order[(predicted == dataset.labels)[order]][:count].tolist()
-    rows = [(wrong, None), (wrong, predicted), (wrong, dataset.labels), (right, None), (right, predicted)]
-    names = ("wrong", "for the answer", "for the truth", "right", "for the answer")
+    is_right = (predicted == truth)[order]
+    wrong, surest = order[~is_right][:count].tolist(), order[is_right]
+    right = [int(of_class[0]) for k in range(count) if len(of_class := surest[truth[surest] == k])]
+    answer_maps = _grad_cam(dataset, wrong, predicted[wrong], model, layer)
+    truth_maps = _grad_cam(dataset, wrong, truth[wrong], model, layer)
+    right_maps = _grad_cam(dataset, right, predicted[right], model, layer)
+    most = torch.maximum(answer_maps, truth_maps).amax((1, 2), keepdim=True).clamp(min=1e-12)
+    most_of_right = right_maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    rows = [
+        ("wrong", wrong, truth, None),
+        ("for the answer", wrong, predicted, answer_maps / most),
+        ("for the truth", wrong, truth, truth_maps / most),
+        ("right", right, truth, None),
+        ("for the answer", right, predicted, right_maps / most_of_right),
+    ]
     figure, grid = picture_grid(len(rows), count, width=10, title_height=0.1)
-    for row, (chosen, classes), name in zip(grid, rows, names, strict=True):
-        maps = None if classes is None or not chosen else _grad_cam(dataset, chosen, classes[chosen], model, layer)
+    for row, (name, chosen, classes, maps) in zip(grid, rows, strict=True):
         for k, (axes, i) in enumerate(zip(row, chosen, strict=False)):
-            axes.imshow(dataset.images[i].numpy(), interpolation="nearest")
-            title = dataset.classes[int(dataset.labels[i] if classes is None else classes[i])]
-            axes.set_title(title, fontsize=9)
-            if maps is not None:
-                axes.imshow(maps[k], cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear")
+            light = 1 if maps is None else 0.15 + 0.85 * maps[k, :, :, None].numpy()
+            axes.imshow((dataset.images[i].numpy() * light).astype(np.uint8), interpolation="nearest")
+            axes.set_title(dataset.classes[int(classes[i])], fontsize=9)
         row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
     return figure
 
 
-def _grad_cam(dataset: CIFAR10, indices: list[int], classes: Tensor, model: nn.Module, layer: nn.Module) -> np.ndarray:
-    """(N, 32, 32), 0 to 1: what speaks for `classes` (N,) in these images of `dataset`."""
+def _grad_cam(dataset: CIFAR10, indices: list[int], classes: Tensor, model: nn.Module, layer: nn.Module) -> Tensor:
+    """(N, 32, 32), >= 0: what speaks for `classes` (N,) in these images of `dataset`."""
+    if not indices:
+        return torch.zeros(0, SIZE, SIZE)
     was_training, device = model.training, next(model.parameters()).device
     images = torch.stack([dataset[i][0] for i in indices]).to(device)
     model.eval()
@@ -150,8 +163,7 @@ def _grad_cam(dataset: CIFAR10, indices: list[int], classes: Tensor, model: nn.M
         images, classes.to(device), relu_attributions=True
     )  # (N, 1, h, w)
     model.train(was_training)
-    maps = LayerAttribution.interpolate(maps, images.shape[2:], "bicubic")[:, 0].clamp(min=0).detach().cpu()
-    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).numpy()
+    return LayerAttribution.interpolate(maps, images.shape[2:], "bicubic")[:, 0].detach().cpu().clamp(min=0)
 
 
 def plot_confusion(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
@@ -193,56 +205,14 @@ def plot_per_class(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) ->
     mean = 100 * (log_probs.argmax(1) == labels).float().mean().item()
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     bars = axes.bar(list(accuracy), list(accuracy.values()), color=CLASS_COLOURS)
-    axes.bar_label(bars, fmt="%.1f", fontsize=9)
+    axes.bar_label(bars, fmt="%.1f", fontsize=9, bbox={"facecolor": "w", "edgecolor": "none", "pad": 0.5}, padding=1)
     axes.axhline(mean, color="k", linestyle="--", linewidth=1)
-    low = np.nanmin(list(accuracy.values()))
-    axes.set(ylabel="accuracy (%)", ylim=(max(0, low - 10), 105), title=f"Accuracy per class; {mean:.2f} % of all")
+    low = max(0, 5 * int(np.nanmin(list(accuracy.values())) // 5 - 1))
+    axes.set(ylabel="accuracy (%)", ylim=(low, 101.5), title=f"Accuracy per class; {mean:.2f} % of all")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(axis="x", labelrotation=0 if classes[0] == "plane" else 45)
     plt.close(figure)
     return figure
-
-
-def expected_calibration_error(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """In percent: how far confidence is from accuracy, over bins of equal width, weighted by their images.
-
-    Naeini et al., 2015; Guo et al., 2017.
-
-    Args:
-        log_probs: (N, classes), natural.
-        labels: (N,), the true classes.
-        bins: Of the confidence, from 0 to 1.
-    """
-    return 100 * sum(
-        share * abs(accuracy - confidence) for confidence, accuracy, share in _bins(log_probs, labels, bins)
-    )
-
-
-def plot_reliability(log_probs: Tensor, labels: Tensor, bins: int = 15) -> Figure:
-    """Accuracy against confidence in each bin; on the diagonal, answers are right as often as the network says."""
-    confidence, accuracy, share = zip(*_bins(log_probs, labels, bins), strict=True)
-    figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(5, 5.6), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
-    upper.plot([0, 1], [0, 1], color=ORIGINAL, linestyle="--", linewidth=1, label="as often right as it says")
-    upper.plot(confidence, accuracy, color=TRAIN, marker="o", label="the network")
-    error = expected_calibration_error(log_probs, labels, bins)
-    upper.set(ylabel="share of right answers", ylim=(0, 1.02), title=f"Expected calibration error {error:.1f} %")
-    upper.legend(frameon=False)
-    lower.bar(confidence, share, width=0.8 / bins, color=TRAIN)
-    lower.set(xlabel="probability of the answer", ylabel="share of images", xlim=(0, 1))
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    plt.close(figure)
-    return figure
-
-
-def _bins(log_probs: Tensor, labels: Tensor, bins: int) -> list[tuple[float, float, float]]:
-    """Mean confidence, accuracy and share of the images in each bin of the confidence that has any."""
-    confidence, answers = log_probs.exp().max(1)
-    right = (answers == labels).float()
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    found = [which == k for k in range(bins)]
-    return [(confidence[k].mean().item(), right[k].mean().item(), k.float().mean().item()) for k in found if k.any()]
 
 
 def show_summary(model: nn.Module, size: int = SIZE) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from torch import nn
 
@@ -29,6 +30,15 @@ def test_is_short_and_defines_nothing(notebook):
     assert NOTEBOOK.stat().st_size < 500_000
 
 
+def side_seen_by_a_corner(net: Net) -> int:
+    """Of the part of an image of 32x32 on which the first place of the last map of C3 depends."""
+    images = torch.rand(8, 3, 32, 32, requires_grad=True)
+    for parameter in net.eval().parameters():
+        nn.init.normal_(parameter)  # instead of filters that start as the identity, and look at one place
+    net.c3(net.c2(net.c1(images)))[:, :, 0, 0].sum().backward()
+    return int(images.grad.abs().amax((0, 1, 2)).count_nonzero())
+
+
 def test_the_numbers_in_the_text_are_those_of_the_network(notebook):
     text, net = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"), Net()
 
@@ -39,19 +49,20 @@ def test_the_numbers_in_the_text_are_those_of_the_network(notebook):
     channels = len(net.get_parameter("c4.0.0.pointwise.conv.weight"))
     dense = 9 * channels**2
     norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
-    after = receptive_field(net)
+    after, seen = receptive_field(net), side_seen_by_a_corner(net)
     dilated = net.get_submodule("c3.0.0.conv")
-    dilated.dilation = (1, 1)
-    before = receptive_field(net)["c4"]
+    dilated.dilation = dilated.padding = (1, 1)
+    before, less = receptive_field(net), side_seen_by_a_corner(net)
     for claim in (
         f"{weights('c1.0.conv')} weights",
         f"{sum(p.numel() for norm in norms for p in norm.parameters()):,} of the 2,034,040 parameters",
-        f"from {before} to {after['c4']} pixels",
+        f"sees {after['c3']} pixels with it and {before['c3']} without",
+        f"the whole image of {seen}×{seen}, which without it would see {less}×{less}",
         f"From {channels} to {channels} channels that takes {separable:,} weights instead of the {dense:,} ",
         f"{dense / separable:.1f} times fewer",
         f"each of the {net.fc.in_features} maps",
         f"needs {weights('fc'):,} weights; on all places it would need {16 * weights('fc'):,}",
-        f"from {after['c1']} pixels after C1 to {after['c2']}, {after['c3']} and {after['c4']}",
+        f"so it is {after['c1']} after C1; from there it grows to {after['c2']}, {after['c3']} and {after['c4']}",
     ):
         assert claim in text
 

@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from architecture import plot_architecture
+from calibration import expected_calibration_error, plot_reliability
 from dataset import CIFAR10
-from model import Net
-from transforms import AUGMENTATIONS
+from model import Net, receptive_field
+from transforms import AUGMENTATIONS, denormalize
 from utils import (
-    expected_calibration_error,
     per_class_accuracy,
     plot_attention,
     plot_augmentations,
@@ -19,7 +19,6 @@ from utils import (
     plot_curves,
     plot_misclassified,
     plot_per_class,
-    plot_reliability,
     plot_samples,
     show_summary,
 )
@@ -56,7 +55,7 @@ def test_every_plot_returns_a_figure_that_pyplot_does_not_hold(test_set, log_pro
     figures = [
         plot_curves(history()),
         plot_samples(test_set),
-        plot_augmentations(CIFAR10(augment=AUGMENTATIONS)),
+        plot_augmentations(test_set),
         plot_misclassified(test_set, log_probs),
         plot_confusion(log_probs, test_set.labels, test_set.classes),
         plot_per_class(log_probs, test_set.labels, test_set.classes),
@@ -89,10 +88,10 @@ def test_curves_on_held_out_images_do_not_pass_for_the_test_set():
     assert "test" not in shown
 
 
-def test_samples_show_ten_of_each_class(test_set):
+def test_samples_show_each_class(test_set):
     figure = plot_samples(test_set)
     pictures = [axes.images[0].get_array() for axes in figure.axes]
-    assert len(pictures) == 100
+    assert len(pictures) == 80
     for name in test_set.classes:
         assert name in texts(figure)
 
@@ -114,6 +113,18 @@ def test_confusion_and_per_class_accuracy_count(test_set, log_probs):
     assert counts[3 * 10 + 8] == counts[7 * 10] == 1
 
 
+def test_augmentations_are_shown_one_by_one_and_together_as_training_draws_them():
+    train_set = CIFAR10(augment=("crop", "flip"))
+    figure = plot_augmentations(train_set, ("crop", "flip"), index=3)
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(shown) == 8 * (len(AUGMENTATIONS) + 1)
+    for name in (*AUGMENTATIONS, "crop\nflip", "as it is", "epoch 7"):
+        assert name in texts(figure)
+    assert all((picture == train_set.images[3].numpy()).all() for picture in shown[::8])
+    drawn = denormalize(torch.stack([train_set[epoch, 3][0] for epoch in range(7)]))
+    assert (torch.tensor(drawn).numpy() == shown[-7:]).all()
+
+
 def test_attention_is_where_the_score_comes_from(test_set):
     class UpperLeft(nn.Module):
         """Scores class 0 by how bright the upper left quarter is, the others by nothing."""
@@ -121,7 +132,7 @@ def test_attention_is_where_the_score_comes_from(test_set):
         def __init__(self) -> None:
             super().__init__()
             self.maps = nn.Conv2d(3, 1, 1, bias=False)
-            nn.init.constant_(self.maps.weight, 0.01)
+            nn.init.ones_(self.maps.weight)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             maps = self.maps(images).exp()  # (N, 1, 32, 32)
@@ -131,24 +142,38 @@ def test_attention_is_where_the_score_comes_from(test_set):
             return torch.stack([score, *[torch.zeros_like(score)] * 9], 1)
 
     net = UpperLeft()
-    test_set.images[:, :16, :16], test_set.images[:, 16:], test_set.images[:, :, 16:] = 255, 0, 0
+    test_set.images[:] = 100
+    test_set.images[:, :16, :16] = 250
     log_probs = net(torch.stack([image for image, _ in test_set])).log_softmax(1)
-    figure = plot_attention(test_set, log_probs, net, net.maps, count=2)
-    heat = figure.axes[-1].images[1].get_array()
-    assert heat[:15, :15].min() > heat[17:, 17:].max()
+    figure = plot_attention(test_set, log_probs, net, net.maps)
+    for_the_answer, for_the_truth, right = (figure.axes[at].images[0].get_array() for at in (10, 20, 40))
+    for lit in (for_the_answer, right):
+        assert lit[:15, :15].min() > 190
+        assert lit[17:, 17:].max() < 40
+    assert for_the_truth.max() < 40  # on the scale of the answer, though it is all that speaks for the truth
 
 
 def test_attention_shows_mistakes_with_both_classes_and_right_answers_and_disturbs_nothing(test_set, log_probs):
     net = Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    figure = plot_attention(test_set, log_probs, net, net.c4, count=3)
-    titles = [[axes.get_title() for axes in figure.axes[3 * row : 3 * row + 3]] for row in range(5)]
-    assert titles[:3] == [["horse", "cat", ""], ["plane", "ship", ""], ["horse", "cat", ""]]
-    assert titles[3] == titles[4]
-    assert [len(axes.images) for axes in figure.axes] == [1, 1, 0, 2, 2, 0, 2, 2, 0, 1, 1, 1, 2, 2, 2]
+    figure = plot_attention(test_set, log_probs, net, net.c4)
+    titles = [[axes.get_title() for axes in figure.axes[10 * row : 10 * row + 10]] for row in range(5)]
+    assert [row[:3] for row in titles[:3]] == [["horse", "cat", ""], ["plane", "ship", ""], ["horse", "cat", ""]]
+    assert titles[3] == titles[4] == list(test_set.classes)
+    assert [sum(bool(axes.images) for axes in figure.axes[10 * row : 10 * row + 10]) for row in range(5)] == [
+        *(2, 2, 2, 10, 10)
+    ]
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_attention_without_mistakes_or_without_right_answers_still_shows_the_rest(test_set):
+    net = Net()
+    sure = 20.0 * nn.functional.one_hot(test_set.labels, 10)
+    for scores, pictures in ((sure, 20), (-sure, 30)):
+        figure = plot_attention(test_set, scores.log_softmax(1), net, net.c4)
+        assert sum(bool(axes.images) for axes in figure.axes) == pictures
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
@@ -178,7 +203,8 @@ def test_the_picture_of_the_architecture_is_drawn_from_the_network():
     texts = [text.get_text() for text in axes.texts]
     for name in ("c1", "c2", "c3", "c4"):
         count = sum(p.numel() for p in net.get_submodule(name).parameters())
-        assert any(f"{name.upper()}, sees" in text and f"{count:,} parameters" in text for text in texts)
+        field = receptive_field(net)[name]
+        assert f"{name.upper()}: {count:,} parameters\nreceptive field {field}×{field} px" in texts
     outputs = [text for text in texts if text.endswith(("31×31", "16×16", "8×8", "4×4"))]
     convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
     assert [int(text.split("\n")[0]) for text in outputs] == [conv.out_channels for conv in convolutions]

@@ -24,11 +24,12 @@ FOLDER = Path(__file__).parent
 REPOSITORY = FOLDER.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from calibration import expected_calibration_error, plot_reliability  # noqa: E402
 from config import choose_runtime, describe_hardware  # noqa: E402
 from dataset import CIFAR10, make_loader  # noqa: E402
 from engine import predict  # noqa: E402
 from model import WEIGHTS, Net  # noqa: E402
-from utils import expected_calibration_error, per_class_accuracy, picture_grid, plot_reliability  # noqa: E402
+from utils import per_class_accuracy, picture_grid  # noqa: E402
 
 
 def swapped(picture: np.ndarray, **_: object) -> np.ndarray:
@@ -97,13 +98,16 @@ def spoilt(dataset: CIFAR10, transform: A.BasicTransform) -> CIFAR10:
     return copy
 
 
-def plot_corruptions(dataset: CIFAR10, index: int = 0) -> Figure:
-    """One picture under each corruption, from the weakest to the strongest."""
+def plot_corruptions(dataset: CIFAR10, accuracy: float, corrupted: dict[str, dict[str, float]], index: int) -> Figure:
+    """Image `index` as it is and under each corruption, with the accuracies in percent on all images spoilt alike."""
     figure, grid = picture_grid(len(CORRUPTIONS), 6, width=8, title_height=0.1)
     one = dataset.subset([index])
     for row, (name, (strengths, make)) in zip(grid, CORRUPTIONS.items(), strict=True):
-        pictures = [one.images[0], *[spoilt(one, make(strength)).images[0] for strength in strengths]]
-        for axes, picture, title in zip(row, pictures, ("as it is", *strengths), strict=True):
+        pictures = {f"as it is: {accuracy:.1f} %": one.images[0]}
+        for strength in strengths:
+            title = f"{strength}: {corrupted[name][str(strength)]:.1f} %"
+            pictures[title] = spoilt(one, make(strength)).images[0]
+        for axes, (title, picture) in zip(row, pictures.items(), strict=True):
             axes.imshow(picture.numpy(), interpolation="nearest")
             axes.set_title(title, fontsize=10)
         row[0].text(-0.15, 0.5, name.replace(" (", "\n("), transform=row[0].transAxes, ha="right", va="center")
@@ -120,7 +124,6 @@ def measure(model: nn.Module, test_set: CIFAR10) -> dict:
     right = percent(log_probs.argmax(1) == labels)
     print(f"{right:.2f} % of {len(labels):,} test images", flush=True)
     plot_reliability(log_probs, labels).savefig(FOLDER / "reliability.png", dpi=110)
-    plot_corruptions(test_set, index=1).savefig(FOLDER / "corruptions.png", dpi=110)
     corrupted: dict[str, dict[str, float]] = {}
     for name, (strengths, make) in CORRUPTIONS.items():
         corrupted[name] = {}
@@ -128,6 +131,7 @@ def measure(model: nn.Module, test_set: CIFAR10) -> dict:
             answers = log_probs_of(model, spoilt(test_set, make(strength))).argmax(1)
             corrupted[name][str(strength)] = percent(answers == labels)
         print(name, corrupted[name], flush=True)
+    plot_corruptions(test_set, right, corrupted, index=1).savefig(FOLDER / "corruptions.png", dpi=110)
     per_class = per_class_accuracy(log_probs, labels, test_set.classes)
     return {
         "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
