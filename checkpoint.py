@@ -136,8 +136,8 @@ def load(path: Path) -> dict[str, Any]:
 class StopRequest:
     """Whether someone asked for an end: Ctrl-C, the notebook's stop button, or a scheduler's SIGTERM.
 
-    `signal` is 0 until then. A second request raises KeyboardInterrupt at once, but not within the second in which
-    torchrun passes on what the terminal has sent already.
+    `signal` is 0 until then. A further request raises KeyboardInterrupt at once, unless it comes within 1 s of the
+    first: torchrun forwards the Ctrl-C that the terminal has delivered already.
     """
 
     def __init__(self) -> None:

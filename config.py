@@ -43,13 +43,13 @@ class Config:
     label_smoothing: float = setting(0.2, "share of the target spread over all classes")
     augment: tuple[str, ...] = setting(DEFAULT_AUGMENT, "augmentations, in any number", AUGMENTATIONS)
     holdout: int = setting(0, "test on this many training images, kept out of training, instead of the test set")
-    seed: int = setting(0, "of the initial weights, the order of the images and their augmentation")
+    seed: int = setting(0, "seed of the initial weights, of the order of the images and of their augmentation")
     workers: int = setting(1, "processes that prepare the images; the result is the same for any number")
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting(
-        "auto", "of convolutions; auto is bf16 where the processor has it", ("auto", "bf16", "fp32")
+        "auto", "numbers to calculate with; auto is bf16 where the processor has it", ("auto", "bf16", "fp32")
     )
-    layout: str = setting("auto", "of images in memory", ("auto", "channels_last", "contiguous"))
+    layout: str = setting("auto", "order of an image's numbers in memory", ("auto", "channels_last", "contiguous"))
     resume: str | None = setting(None, "go on with the run in this folder, runs/NAME, with its settings")
     overwrite: bool = setting(False, "delete what runs/NAME holds of an earlier run")
     save_minutes: float = setting(5, "save this often within an epoch, and after each")
@@ -91,6 +91,8 @@ class Config:
                 raise SettingError(f"{field.name} must be {expected}, got {value!r}")
         if self.resume and self.overwrite:
             raise SettingError("overwrite would delete the run that resume is to go on with; give one of them")
+        if self.resume and self.name and self.name != Path(self.resume).name:
+            raise SettingError(f"name: the run goes on in its own folder, {self.resume}; leave out name {self.name!r}")
 
 
 def parse_args(arguments: list[str] | None = None) -> Config:
@@ -131,8 +133,23 @@ def resumed(folder: str | Path, **changes: Any) -> Config:
     Raises:
         CheckpointError: There is no run, or its checkpoint is damaged.
     """
-    saved = checkpoint.load(Path(folder) / "last.pt")["result"]["config"]
-    return Config(**{**saved, "overwrite": False, **changes, "resume": folder})
+    saved = settings_of(checkpoint.load(Path(folder) / "last.pt"), folder)
+    return Config(**{**saved, "name": Path(folder).name or None, "overwrite": False, **changes, "resume": folder})
+
+
+def settings_of(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Those of the run in `folder`, from its checkpoint.
+
+    Raises:
+        CheckpointError: Another version of this repository wrote it, with other settings.
+    """
+    saved = state.get("result", {}).get("config", {})
+    if other := set(saved) ^ {field.name for field in dataclasses.fields(Config)}:
+        raise CheckpointError(
+            f"{Path(folder) / 'last.pt'} is of another version of this repository, with other settings "
+            f"({', '.join(sorted(other))}): go on with that version, or begin a new run"
+        )
+    return saved
 
 
 @dataclass(frozen=True)

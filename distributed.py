@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported while there is a process group, it keeps it till Python ends, or aborts
+import torch.distributed.nn  # early: first imported inside a process group, it keeps that, and Python may abort at exit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -108,7 +108,10 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 
 def first_on_each_machine(make: Callable[[], object]) -> None:
-    """Lets one process of each machine do what the others then find done; what it raises is raised by all."""
+    """Lets one process of each machine do what the others then find done; what it raises is raised by all.
+
+    A process alone does it later, where it needs it.
+    """
     if world_size() == 1:
         return
     error = _outcome(make)[1] if int(os.environ["LOCAL_RANK"]) == 0 else None

@@ -1,18 +1,19 @@
 """One pass over the data: `train_one_epoch`, `evaluate`, `predict`. They take any network and any loader."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sized
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 import distributed
@@ -59,12 +60,13 @@ def train_one_epoch(
 
     Raises:
         NonFiniteLossError: The loss is infinite or NaN.
+        ValueError: The loader gives no images.
     """
     runtime = runtime or _runtime_of(model)
     model.train()
     meter = Meter(torch.zeros(2, device=runtime.device)) if meter is None else meter
     before, started = meter.seconds, time.perf_counter()
-    with _bar(title, image_count(loader), meter.images, progress) as bar:
+    with _bar(title, loader.dataset, meter.images, progress) as bar:
         for images, labels in loader:
             images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
             with runtime.autocast():
@@ -93,13 +95,10 @@ def train_one_epoch(
     return _means(meter, title)
 
 
-def image_count(loader: DataLoader) -> int:
-    """Of the dataset behind a loader; torch declares no length for datasets, since some have none."""
-    return len(loader.dataset)  # type: ignore[arg-type]
-
-
 def _means(meter: Meter, title: str) -> tuple[float, float]:
     loss_sum, correct = meter.sums.tolist()
+    if not meter.images:
+        raise ValueError(f"{title}: the loader gives no images")
     if not math.isfinite(loss_sum):
         raise NonFiniteLossError(
             f"{title}: the loss became {loss_sum} at step {meter.steps}. Try a lower lr, precision fp32, or look for "
@@ -108,22 +107,32 @@ def _means(meter: Meter, title: str) -> tuple[float, float]:
     return loss_sum / meter.images, 100 * correct / meter.images
 
 
+@contextlib.contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode inside the `with`, then back into the mode in which it came."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities float32 (N, classes) and labels int64 (N,) of all images, in the loader's order, on the CPU.
 
     The model is left in the mode, train or eval, in which it came.
     """
-    runtime, was_training = runtime or _runtime_of(model), model.training
+    runtime = runtime or _runtime_of(model)
     scores, labels = [], []
-    model.eval()
-    try:
+    with answering(model):
         for images, batch_labels in loader:
             with runtime.autocast():
                 scores.append(model(runtime.place(images)).float().log_softmax(1).cpu())
             labels.append(batch_labels)
-    finally:
-        model.train(was_training)
+    if not scores:
+        raise ValueError("the loader gives no images")
     return torch.cat(scores), torch.cat(labels)
 
 
@@ -146,15 +155,16 @@ def _sums(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()])
 
 
-def _bar(title: str, total: int, initial: int, progress: bool | None) -> tqdm:
+def _bar(title: str, dataset: Dataset, initial: int, progress: bool | None) -> tqdm:
     if distributed.rank() > 0:
         disable = True
     elif progress is not None:
         disable = not progress
-    elif "ipykernel" in sys.modules:  # a notebook is no terminal, but shows bars; tqdm's there ignores the variable
+    elif "ipykernel" in sys.modules:  # whose bars are no matter of a terminal, and ignore the variable
         disable = "TQDM_DISABLE" in os.environ
     else:
-        disable = None  # without a terminal
+        disable = None  # tqdm shows none where there is no terminal
+    total = len(dataset) if isinstance(dataset, Sized) else None
     return tqdm(
         total=total, initial=initial, desc=title, unit=" images", leave=False, disable=disable, dynamic_ncols=True
     )

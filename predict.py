@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from dataset import CLASS_COLOURS, CLASSES, SIZE
+from engine import answering
 from model import Net, WeightsError
 from transforms import eval_transform
 
@@ -91,15 +92,14 @@ def classify(
             if errors is None:
                 raise
             errors.append(error)
-    to_tensor, answers, was_training = eval_transform(), [], model.training
-    model.eval()
-    for start in range(0, len(pictures), BATCH):
-        batch = pictures[start : start + BATCH]
-        images = to_tensor(images=np.stack([picture for _, picture in batch]))["images"]  # (N, 3, 32, 32)
-        for (path, picture), probs in zip(batch, model(images.to(device)).float().softmax(1).cpu(), strict=True):
-            order = probs.argsort(descending=True).tolist()
-            answers.append(Answer(path, picture, {CLASSES[k]: probs[k].item() for k in order}))
-    model.train(was_training)
+    to_tensor, answers = eval_transform(), []
+    with answering(model):
+        for start in range(0, len(pictures), BATCH):
+            batch = pictures[start : start + BATCH]
+            images = to_tensor(images=np.stack([picture for _, picture in batch]))["images"]  # (N, 3, 32, 32)
+            for (path, picture), probs in zip(batch, model(images.to(device)).float().softmax(1).cpu(), strict=True):
+                order = probs.argsort(descending=True).tolist()
+                answers.append(Answer(path, picture, {CLASSES[k]: probs[k].item() for k in order}))
     return answers
 
 

@@ -1,12 +1,13 @@
 """A run's folder: claimed once, saved so that a kill at any instant costs at most the steps since the last save."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import platform
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import checkpoint
 import distributed
 from checkpoint import CheckpointError
-from config import FREE, Config, Runtime, SettingError, describe_hardware
+from config import FREE, Config, Runtime, SettingError, describe_hardware, settings_of
 from engine import Meter
 from errors import NonFiniteLossError, UnsavedError
 from utils import plot_curves
@@ -57,7 +58,7 @@ class Run:
             "processes": distributed.world_size(),
             "wall_seconds": 0.0,
             "hardware": describe_hardware(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": _versions(),
         }
         if config.resume:
             self.folder = Path(config.resume)
@@ -67,7 +68,7 @@ class Run:
             except (SettingError, CheckpointError):
                 self.release()
                 raise
-            if self.epochs:
+            if self.epochs and not self.meter.steps:
                 self._write_results()  # whoever was killed may have had no time for them
         else:
             self.folder = distributed.from_rank_0(lambda: free_folder(config))
@@ -191,7 +192,7 @@ class Run:
         """Puts everything back as it was when `state` was saved."""
         try:
             result, meter = state["result"], state["meter"]
-            _refuse_other_settings(self.config, result["config"], self.folder)
+            _refuse_other_settings(self.config, settings_of(state, self.folder), self.folder)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -200,7 +201,7 @@ class Run:
                 if torch.cuda.is_available() and state["cuda_random"] is not None:
                     torch.cuda.set_rng_state(state["cuda_random"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, SettingError):
+            if isinstance(error, SettingError | CheckpointError):
                 raise
             raise CheckpointError(f"{self.folder / 'last.pt'} does not fit this network: {error}") from error
         scheduler, groups = self.scheduler, self.optimizer.param_groups
@@ -241,12 +242,21 @@ def free_folder(config: Config) -> Path:
     """Where a new run goes under runs/; refused if that holds another one, unless `config.overwrite` says so."""
     name = config.name or f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / name
-    taken = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if taken and not config.overwrite:
         raise SettingError(
             f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), or choose another"
         )
     return folder
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of the packages that a result may depend on, as far as they are installed by these names."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _refuse_other_settings(config: Config, saved: dict[str, Any], folder: Path) -> None:

@@ -6,6 +6,7 @@ Nothing is unpickled before its md5 has been checked, and nothing half-written i
 
 import contextlib
 import errno
+import http.client
 import os
 import socket
 import sys
@@ -113,7 +114,7 @@ def _download(root: Path, looked: list[Path]) -> None:
             socket.setdefaulttimeout(30)  # seconds without a byte, not for the whole download
             try:
                 download_url(url, scratch, ARCHIVE)
-            except (OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
                 if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise  # the network is not to blame
                 fault = f"downloading it from {url} failed: {error or type(error).__name__}"

@@ -17,7 +17,7 @@ import distributed
 from checkpoint import CheckpointError, StopRequest, stop_requests
 from config import Config, Runtime, SettingError, choose_runtime, keep_freed_memory, parse_args
 from dataset import CIFAR10, EpochSampler, end_workers, make_loader
-from engine import evaluate, image_count, predict, train_one_epoch
+from engine import evaluate, predict, train_one_epoch
 from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError, failure_of_the_machine
 from model import Net
 from optim import recipe_optimizer
@@ -108,7 +108,7 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
 
     ranks = distributed.world_size()
     run.say(
-        f"{type(model).__name__}, {run.result['parameters']:,} parameters, on {image_count(train_loader):,} images of "
+        f"{type(model).__name__}, {run.result['parameters']:,} parameters, on {sampler.size:,} images of "
         f"{config.data}; {runtime}{f', {ranks} processes' if ranks > 1 else ''}\nresults in {run.folder}"
         + (f", going on after {run.epochs} epochs and {run.meter.steps} steps" if config.resume else "")
     )
@@ -188,20 +188,24 @@ def _run_epochs(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     config = parse_args(arguments)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, the one that speaks
+    rank = os.environ["RANK"] if distributed.launch() else "0"
+    first = rank == "0"  # of the processes that torchrun started, the one that speaks
     try:
         fit(config)
     except StoppedError as stopped:
         if first:
             print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    except (SettingError, DataError, CheckpointError, NonFiniteLossError, MachineError, UnsavedError) as error:
+    except MachineError as error:  # of this process; the others only see that it is gone
+        print(f"{'' if first else f'process {rank}: '}error: {error}", file=sys.stderr)
+        return 1
+    except (SettingError, DataError, CheckpointError, NonFiniteLossError, UnsavedError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if first:
-            print("\nstopped at once; what was saved before is in runs/, and --resume goes on from it", file=sys.stderr)
+            print("\nstopped at once; if there is a runs/NAME/last.pt, --resume runs/NAME goes on", file=sys.stderr)
         return 130
     return 0
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from dataset import CIFAR10, CLASS_COLOURS, SIZE
+from engine import answering
 from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, denormalize
 
 TRAIN, TEST, ORIGINAL = "#0072B2", "#D55E00", "#666666"  # colour-blind safe (Okabe & Ito, 2008)
@@ -156,13 +157,12 @@ def _grad_cam(dataset: CIFAR10, indices: list[int], classes: Tensor, model: nn.M
     """(N, 32, 32), >= 0: what speaks for `classes` (N,) in these images of `dataset`."""
     if not indices:
         return torch.zeros(0, SIZE, SIZE)
-    was_training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     images = torch.stack([dataset[i][0] for i in indices]).to(device)
-    model.eval()
-    maps = LayerGradCam(getattr(model, "logits", model), layer).attribute(
-        images, classes.to(device), relu_attributions=True
-    )  # (N, 1, h, w)
-    model.train(was_training)
+    with answering(model):
+        maps = LayerGradCam(getattr(model, "logits", model), layer).attribute(
+            images, classes.to(device), relu_attributions=True
+        )  # (N, 1, h, w)
     return LayerAttribution.interpolate(maps, images.shape[2:], "bicubic")[:, 0].detach().cpu().clamp(min=0)
 
 

@@ -100,14 +100,13 @@ def train(switch: str, epochs: int, seed: int) -> tuple[float, float, int]:
 
 def rows(results: dict[str, list[tuple[float, float, int]]]) -> list[tuple]:
     """A line of the table for each switch, given what `train` returned for each seed; the first is the reference."""
-    table, reference = [], math.nan
+    table, reference = [], statistics.fmean(test for test, *_ in next(iter(results.values())))
     for switch, runs in results.items():
         test, training, parameters = zip(*runs, strict=True)
         if lost := sum(map(math.isnan, test)):
             table.append((switch, f"diverged, {lost} of {len(test)}", "", "", parameters[0]))
             continue
         mean = statistics.fmean(test)
-        reference = mean if math.isnan(reference) else reference
         texts = as_mean(test), f"{mean - reference:+.2f}", f"{statistics.fmean(training):.2f}"
         table.append((switch, *texts, parameters[0]))
     return table

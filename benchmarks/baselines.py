@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from common import FOLDER  # noqa: F401  (puts the repository on the path)
 from torch import nn
 
 

@@ -29,7 +29,7 @@ def main() -> None:
         code = CODE.format(repository=str(FOLDER.parent), batch_size=batch_size)
         with tempfile.TemporaryDirectory() as folder:
             run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-        rows.append((batch_size, *(round(int(kb) / 1e6, 2) for kb in run.stdout.splitlines()[-1].split())))
+        rows.append((batch_size, *(round(int(kib) * 1024 / 1e9, 2) for kib in run.stdout.splitlines()[-1].split())))
     report("memory", ("batch size", "GB after the imports", "GB at the peak", "GB of the worker at its peak"), rows)
 
 

@@ -31,6 +31,15 @@ def is_default(run: dict) -> bool:
     return same and rates == [DEFAULT["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
 
 
+def fault(notebook: nbformat.NotebookNode) -> str | None:
+    """Why an executed notebook cannot be the committed one; None if it can."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in code):
+        return "has other settings"
+    failed = any(output.output_type == "error" for cell in code for output in cell.outputs)
+    return "did not run to its end" if failed or not all(cell.execution_count for cell in code) else None
+
+
 def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook as it goes into the repository."""
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
@@ -74,8 +83,8 @@ def main() -> None:
     executed = REPOSITORY / "runs/S9_Final.ipynb"
     if executed.exists():
         notebook = nbformat.read(executed, as_version=4)
-        if any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells):
-            print(f"{executed} has other settings and is not taken")
+        if reason := fault(notebook):
+            print(f"{executed} {reason} and is not taken")
         else:
             nbformat.write(committed(notebook), REPOSITORY / "S9_Final.ipynb")
 

@@ -208,11 +208,12 @@ def test_flips_alternate_so_that_two_epochs_show_both_sides():
     assert 0.35 * TRAIN_COUNT < sum(mirrored) < 0.65 * TRAIN_COUNT
 
 
-def test_transforms_refuse_arguments_that_albumentations_would_ignore():
-    assert train_transform().strict
-    assert eval_transform().strict
-    with pytest.raises(ValueError, match="max_holes"), pytest.warns(UserWarning, match="max_holes"):
-        A.Compose([A.CoarseDropout(max_holes=1)], strict=True)
+def test_transforms_refuse_data_that_albumentations_would_pass_by():
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    for transform, data in ((train_transform(), {"draws": np.zeros((2, len(DRAWN_FOR)))}), (eval_transform(), {})):
+        assert len(transform(images=images, **data)["images"]) == 2
+        with pytest.raises(ValueError, match="label"):
+            transform(images=images, label=3, **data)
 
 
 @pytest.mark.parametrize("augment", [["blur"], "crop"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import checkpoint
 import train
 from checkpoint import CheckpointError
-from config import SettingError, parse_args
+from config import SettingError, parse_args, resumed
 from errors import StoppedError
 from runs import FILES
 from train import fit
@@ -69,8 +69,8 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
 def test_the_command_line_goes_on_with_the_settings_of_the_run(monkeypatch, capsys):
     with pytest.raises(StoppedError):
         fit(quick(lr=0.1), signal_at(small_network(), 3))
-    resumed = parse_args(["--resume", "runs/quick", "--workers", "1"])
-    assert (resumed.lr, resumed.epochs, resumed.workers, resumed.resume) == (0.1, 3, 1, "runs/quick")
+    config = parse_args(["--resume", "runs/quick", "--workers", "1"])
+    assert (config.lr, config.epochs, config.workers, config.resume) == (0.1, 3, 1, "runs/quick")
     monkeypatch.setattr(train, "Net", lambda: signal_at(small_network(), 1, signal.SIGTERM))
     assert train.main(["--resume", "runs/quick"]) == 128 + signal.SIGTERM
     assert "python train.py --resume runs" in capsys.readouterr().err
@@ -88,6 +88,33 @@ def test_other_settings_are_refused_by_name_and_nothing_is_lost(uninterrupted):
     with pytest.raises(CheckpointError, match="does not fit this network"):
         fit(quick(resume="runs/quick"), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
     assert Path("runs/quick/last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_version_is_named_as_such(uninterrupted):
+    with pytest.raises(StoppedError):
+        fit(quick(), signal_at(small_network(), 6))
+    file = Path("runs/quick/last.pt")
+    state = checkpoint.load(file)
+    del state["result"]["config"]["seed"]
+    state["result"]["config"]["momentum"] = 0.9
+    file.write_bytes(checkpoint.packed(state))
+    message = r"another version of this repository, with other settings \(momentum, seed\)"
+    with pytest.raises(CheckpointError, match=message):
+        fit(quick(resume="runs/quick"), small_network())
+    with pytest.raises(CheckpointError, match=message):
+        resumed("runs/quick")
+
+
+def test_a_run_that_goes_on_keeps_its_folder_and_the_weights_of_its_last_whole_epoch():
+    with pytest.raises(StoppedError):
+        fit(quick(), signal_at(small_network(), 6))
+    after_the_epoch = Path("runs/quick/model.pt").read_bytes()
+    with pytest.raises(StoppedError):
+        fit(quick(resume="runs/quick"), signal_at(small_network(), 1))
+    assert Path("runs/quick/model.pt").read_bytes() == after_the_epoch
+    with pytest.raises(SettingError, match="goes on in its own folder, runs/quick; leave out name 'other'"):
+        quick(resume="runs/quick", name="other")
+    assert resumed("runs/quick", workers=2).name == "quick"
 
 
 def test_more_epochs_follow_the_longer_schedule_and_fewer_are_refused(capsys):

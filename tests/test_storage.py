@@ -100,6 +100,14 @@ def test_a_download_that_breaks_off_leaves_nothing(nowhere, mirror):
     assert everything_in(nowhere) == []
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:port/archive", "no address"])
+def test_a_mistyped_address_is_out_of_reach(nowhere, monkeypatch, url):
+    monkeypatch.setenv("CIFAR10_URL", url)
+    with pytest.raises(DataUnreachableError, match=f"downloading it from {url} failed"):
+        prepare()
+    assert not nowhere.exists()
+
+
 def test_a_full_disk_is_not_taken_for_a_missing_network(nowhere, monkeypatch):
     def fill_the_disk(url, folder, *args) -> None:
         Path(folder, ARCHIVE).write_bytes(b"half")

@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import TEST_COUNT
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import train
 from config import Config, Runtime, SettingError, choose_runtime
-from errors import NonFiniteLossError
+from errors import MachineError, NonFiniteLossError
 from model import Net
 from optim import Muon, orthogonalize, recipe_optimizer
 from train import evaluate, fit, make_loaders, predict, train_one_epoch
@@ -111,6 +113,34 @@ def test_holdout_keeps_training_images_apart_and_the_test_set_out():
     trained = {image.numpy().tobytes() for image in train_loader.dataset.images}
     assert not trained & {image.numpy().tobytes() for image in test_loader.dataset.images}
     assert test_loader.dataset.augment is None
+
+
+def test_loaders_without_images_are_refused_and_those_without_a_length_are_not():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(3, 32, 32), 1)] * 6)
+
+    model, empty = small_network(), DataLoader(TensorDataset(torch.zeros(0, 3, 32, 32), torch.zeros(0).long()))
+    optimizer = recipe_optimizer(model)
+    with pytest.raises(ValueError, match="no images"):
+        train_one_epoch(model, empty, optimizer)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(model, empty)
+    loss, _ = train_one_epoch(model, DataLoader(Endless(), batch_size=3), optimizer, progress=True)
+    assert math.isfinite(loss)
+
+
+def test_the_machine_of_any_process_is_heard_but_settings_only_once(monkeypatch, capsys):
+    def fail(error: Exception) -> str:
+        monkeypatch.setattr(train, "fit", mock.Mock(side_effect=error))
+        assert train.main([]) == 1
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("RANK", "1")
+    assert fail(SettingError("lr")) == "error: lr\n"  # a cluster's variable, without torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert fail(SettingError("lr")) == ""
+    assert fail(MachineError("memory ran out")) == "process 1: error: memory ran out\n"
 
 
 def test_a_run_says_what_it_was_tested_on(capsys):
