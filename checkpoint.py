@@ -67,7 +67,7 @@ def remove_scratch(folder: Path) -> None:
 
 
 def lock(folder: Path, launch: str) -> io.TextIOBase:
-    """Marks the folder as written to by this process until it ends, and notes its launch, see `launch_of`.
+    """Marks the folder as written to by this process until it ends, and notes its launch, see `last_launch_id`.
 
     The system frees the lock when the process dies, however it dies; data-loading workers do not inherit it. Windows
     and some network file systems have no such lock, so there nothing is refused.
@@ -92,7 +92,7 @@ def lock(folder: Path, launch: str) -> io.TextIOBase:
     return file
 
 
-def launch_of(folder: Path) -> str | None:
+def last_launch_id(folder: Path) -> str | None:
     """Which launch of torchrun last wrote to the folder; empty if it was started alone, None if nobody did."""
     try:
         return (folder / LOCK).read_text()

@@ -179,23 +179,23 @@ def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = 
     bf16 pays 2x to 8x on processors with avx512_bf16 or AMX and on CUDA from Ampere on, and costs elsewhere.
 
     Raises:
-        SettingError: The device is not there.
+        SettingError: The device is not available.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there[device]:
+        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[device]:
         raise SettingError(
-            f"device {device} is not available here; these are: {', '.join(n for n in there if there[n])}"
+            f"device {device} is not available here; these are: {', '.join(n for n in available if available[n])}"
         )
     if device == "cuda":
-        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16_is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
-        gains = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        bf16_is_fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return Runtime(
         torch.device(device),
-        bf16=gains if precision == "auto" else precision == "bf16",
+        bf16=bf16_is_fast if precision == "auto" else precision == "bf16",
         channels_last=device != "mps" if layout == "auto" else layout == "channels_last",
     )
 

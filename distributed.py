@@ -33,7 +33,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def launch() -> str:
+def launch_id() -> str:
     """What names this start of torchrun, the same after it has started dead processes anew; empty without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
@@ -43,7 +43,7 @@ def can_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
-def _start() -> str:
+def _store_prefix() -> str:
     """A name for this start of the processes, so that they do not find the addresses of those that died before.
 
     torchrun keeps one store for all starts (github.com/pytorch/pytorch/issues/135712). It counts the starts, but on
@@ -60,16 +60,16 @@ def _start() -> str:
 @contextlib.contextmanager
 def process_group(device_type: str) -> Iterator[None]:
     """Joins the other processes that torchrun started, by NCCL on GPUs and gloo elsewhere, until the `with` ends."""
-    if not launch() or dist.is_initialized():
+    if not launch_id() or dist.is_initialized():
         yield
         return
     if device_type not in ("cpu", "cuda"):
         raise SettingError(f"device {device_type} cannot train in several processes; choose cpu or cuda")
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    start = _start()
+    prefix = _store_prefix()
     store, number, count = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(start, store)
+    store = dist.PrefixStore(prefix, store)
     backend = "nccl" if device_type == "cuda" else "gloo"
     wait = timedelta(hours=1)  # for one another; a download may take long
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=wait)
@@ -79,14 +79,14 @@ def process_group(device_type: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of the tensors of all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def largest(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """The largest of the numbers of all ranks."""
     if world_size() == 1:
         return number
@@ -96,7 +96,7 @@ def largest(number: int) -> int:
     return int(tensor)
 
 
-def from_rank_0(make: Callable[[], T]) -> T:
+def broadcast_from_rank_0(make: Callable[[], T]) -> T:
     """What `make()` returns on rank 0, given to all; what it raises there is raised by all."""
     if world_size() == 1:
         return make()
@@ -107,7 +107,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
     return box[0]
 
 
-def first_on_each_machine(make: Callable[[], object]) -> None:
+def once_per_machine(make: Callable[[], object]) -> None:
     """Lets one process of each machine do what the others then find done; what it raises is raised by all.
 
     A process alone does it later, where it needs it.
@@ -148,16 +148,16 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
             del layer.forward
 
 
-class _AddUp(torch.autograd.Function):
+class _SumOverRanks(torch.autograd.Function):
     """The sum over all ranks; every rank's loss depends on it, so its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(context: object, tensor: Tensor) -> Tensor:
-        return add_up(tensor.clone())
+        return sum_over_ranks(tensor.clone())
 
     @staticmethod
     def backward(context: object, gradient: Tensor) -> Tensor:
-        return add_up(gradient.clone())
+        return sum_over_ranks(gradient.clone())
 
 
 def _whole_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def _whole_batch_norm(layer: _BatchNorm, x: Tensor) -> Tensor:
     origin = values.new_zeros(1) if layer.running_mean is None else layer.running_mean.clone()
     near = values - origin.view(-1, *shape[2:])  # so that the difference of squares below loses no digits
     count = values.new_tensor([values.numel() / channels])
-    sums = _AddUp.apply(torch.cat([near.sum(dims), near.square().sum(dims), count]))
+    sums = _SumOverRanks.apply(torch.cat([near.sum(dims), near.square().sum(dims), count]))
     total = sums[-1].detach()
     mean = sums[:channels] / total
     variance = (sums[channels:-1] / total - mean.square()).clamp(min=0)

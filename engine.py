@@ -74,7 +74,7 @@ def train_one_epoch(
             loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
             sums, count = _sums(scores.detach(), labels), len(labels)
             if distributed.world_size() > 1:
-                whole = distributed.add_up(torch.cat([sums, sums.new_tensor([count])]))
+                whole = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([count])]))
                 loss = loss * count * distributed.world_size() / whole[2]  # a mean over images, not over processes
                 sums, count = whole[:2], int(whole[2])
             optimizer.zero_grad()
@@ -141,7 +141,7 @@ def evaluate(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = 
     runtime = runtime or _runtime_of(model)
     log_probs, labels = predict(model, loader, runtime=runtime)
     sums = torch.tensor([*_sums(log_probs, labels).tolist(), len(labels)], dtype=torch.float32, device=runtime.device)
-    loss_sum, correct, count = distributed.add_up(sums).tolist()
+    loss_sum, correct, count = distributed.sum_over_ranks(sums).tolist()
     return loss_sum / count, 100 * correct / count
 
 

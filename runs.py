@@ -62,17 +62,18 @@ class Run:
         }
         if config.resume:
             self.folder = Path(config.resume)
-            distributed.from_rank_0(self._take_possession)  # before it is read, for another may be about to save
+            # Before it is read, for another may be about to save.
+            distributed.broadcast_from_rank_0(self._take_possession)
             try:
-                self._take_up(distributed.from_rank_0(lambda: checkpoint.load(self.folder / "last.pt")))
+                self._take_up(distributed.broadcast_from_rank_0(lambda: checkpoint.load(self.folder / "last.pt")))
             except (SettingError, CheckpointError):
                 self.release()
                 raise
             if self.epochs and not self.meter.steps:
                 self._write_results()  # whoever was killed may have had no time for them
         else:
-            self.folder = distributed.from_rank_0(lambda: free_folder(config))
-            distributed.from_rank_0(self._take_possession)
+            self.folder = distributed.broadcast_from_rank_0(lambda: unused_folder(config))
+            distributed.broadcast_from_rank_0(self._take_possession)
 
     @property
     def history(self) -> dict[str, list]:
@@ -92,7 +93,7 @@ class Run:
         if not (self.folder / "last.pt").exists():
             return "nothing was saved yet: begin anew"
         folder = self.folder.as_posix()
-        if distributed.launch():
+        if distributed.launch_id():
             return f"go on with the same torchrun command, but for train.py --resume {folder}"
         return f'go on with\n  python train.py --resume {folder}\nor, in the notebook, with resume = "{folder}"'
 
@@ -179,7 +180,7 @@ class Run:
             raise CheckpointError(f"there is no run to resume in {self.folder}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = checkpoint.lock(self.folder, distributed.launch())
+            self.lock = checkpoint.lock(self.folder, distributed.launch_id())
             checkpoint.remove_scratch(self.folder)
             for name in FILES if self.config.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
@@ -224,7 +225,7 @@ def after_restart(config: Config) -> Config:
     """The settings with which to go on if torchrun has started all processes anew because one of them died."""
     if config.resume or not distributed.can_restart():
         return config
-    if not config.name or distributed.launch() == "none":
+    if not config.name or distributed.launch_id() == "none":
         raise SettingError(
             "name: with --max-restarts, a run needs a --name by which it is found again, and torchrun a --rdzv-id "
             "(--standalone makes one)"
@@ -232,13 +233,13 @@ def after_restart(config: Config) -> Config:
     folder = Path("runs") / config.name
 
     def look() -> tuple[bool, bool]:
-        return checkpoint.launch_of(folder) == distributed.launch(), (folder / "last.pt").exists()
+        return checkpoint.last_launch_id(folder) == distributed.launch_id(), (folder / "last.pt").exists()
 
-    ours, saved = distributed.from_rank_0(look)
+    ours, saved = distributed.broadcast_from_rank_0(look)
     return dataclasses.replace(config, resume=str(folder) if saved else None, overwrite=not saved) if ours else config
 
 
-def free_folder(config: Config) -> Path:
+def unused_folder(config: Config) -> Path:
     """Where a new run goes under runs/; refused if that holds another one, unless `config.overwrite` says so."""
     name = config.name or f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / name

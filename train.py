@@ -21,7 +21,7 @@ from engine import evaluate, predict, train_one_epoch
 from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError, failure_of_the_machine
 from model import Net
 from optim import recipe_optimizer
-from runs import Run, after_restart, free_folder
+from runs import Run, after_restart, unused_folder
 from storage import DataError, prepare
 
 __all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "train_one_epoch"]
@@ -87,13 +87,13 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
 
 def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bool | None) -> dict[str, list[float]]:
     if not config.resume:
-        distributed.from_rank_0(lambda: free_folder(config))  # refused now, and not after a long download
+        distributed.broadcast_from_rank_0(lambda: unused_folder(config))  # refused now, and not after a long download
     torch.manual_seed(config.seed)
     model = Net() if model is None else model
     if distributed.rank():
         torch.manual_seed(config.seed + distributed.rank())  # else the dropout of all processes would be the same
     if config.data == "cifar10":
-        distributed.first_on_each_machine(lambda: prepare(config.data_dir))
+        distributed.once_per_machine(lambda: prepare(config.data_dir))
     keep_freed_memory()
     model.to(runtime.device)
     if runtime.channels_last:
@@ -139,11 +139,11 @@ def _run_epochs(
     config = run.config
 
     def after_step() -> None:
-        stop = distributed.largest(request.signal)  # of all processes, which are asked at different moments
+        stop = distributed.max_over_ranks(request.signal)  # of all processes, which are asked at different moments
         if stop or run.is_due():
             run.save()
         if stop:
-            distributed.largest(0)  # the others wait until it is saved, for torchrun ends all when one ends
+            distributed.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
             raise StoppedError(run.how_it_stopped(), stop)
 
     for epoch in range(run.epochs + 1, config.epochs + 1):
@@ -179,16 +179,16 @@ def _run_epochs(
             f"{row['tested_on']} {test_accuracy:.2f} % (loss {test_loss:.3f}), {row['seconds']:.0f} s"
         )
         run.finish_epoch(row)
-        stop = distributed.largest(request.signal)
+        stop = distributed.max_over_ranks(request.signal)
         if stop and epoch < config.epochs:
-            distributed.largest(0)
+            distributed.max_over_ranks(0)
             raise StoppedError(run.how_it_stopped(), stop)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     config = parse_args(arguments)
-    rank = os.environ["RANK"] if distributed.launch() else "0"
+    rank = os.environ["RANK"] if distributed.launch_id() else "0"
     first = rank == "0"  # of the processes that torchrun started, the one that speaks
     try:
         fit(config)

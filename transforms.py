@@ -93,7 +93,7 @@ class Affine(OneByOne):
 
     def __init__(self, p: float = 1) -> None:
         super().__init__(p)
-        self.transform = affine(
+        self.transform = reflecting_affine(
             translate_percent=(-0.05, 0.05), scale=(0.9, 1.1), rotate=(-10, 10), keep_ratio=True, p=0.5
         )
 
@@ -112,11 +112,11 @@ class Trivial(OneByOne):
         same, none, turn, shear, shift, factor = (1, 1), (0, 0), (-30, 30), (-17, 17), (-0.3, 0.3), (0.1, 1.9)
         self.transform = A.OneOf(
             [
-                affine(rotate=turn),
-                affine(shear={"x": shear, "y": none}),
-                affine(shear={"x": none, "y": shear}),
-                affine(translate_percent={"x": shift, "y": none}),
-                affine(translate_percent={"x": none, "y": shift}),
+                reflecting_affine(rotate=turn),
+                reflecting_affine(shear={"x": shear, "y": none}),
+                reflecting_affine(shear={"x": none, "y": shear}),
+                reflecting_affine(translate_percent={"x": shift, "y": none}),
+                reflecting_affine(translate_percent={"x": none, "y": shift}),
                 A.ColorJitter(factor, same, same, none, p=1),  # brightness
                 A.ColorJitter(same, factor, same, none, p=1),  # contrast
                 A.ColorJitter(same, same, factor, none, p=1),  # saturation
@@ -130,7 +130,7 @@ class Trivial(OneByOne):
         )
 
 
-def affine(p: float = 1, **options: Any) -> A.Affine:
+def reflecting_affine(p: float = 1, **options: Any) -> A.Affine:
     """`A.Affine`, with what comes in at the borders reflected."""
     return A.Affine(border_mode=cv2.BORDER_REFLECT_101, p=p, strict=True, **options)  # type: ignore[call-arg]
 

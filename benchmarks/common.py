@@ -39,7 +39,7 @@ def alternate(candidates: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K,
     return seconds
 
 
-def middle(seconds: Iterable[float]) -> tuple[float, float]:
+def median_and_half_iqr(seconds: Iterable[float]) -> tuple[float, float]:
     """The median, and half the distance between the quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4)
     return median, (high - low) / 2

@@ -7,7 +7,7 @@ that with the number of images, for an epoch is a fixed number of steps; benchma
 from typing import Any
 
 import torch
-from common import alternate, middle, report, training_step
+from common import alternate, median_and_half_iqr, report, training_step
 from torch import nn
 
 from config import Config
@@ -46,7 +46,7 @@ def main() -> None:
         size: training_step(net := Net(), recipe_optimizer(net), size) for size in (125, 250, default, 1000, 2000)
     }
     for size, times in alternate(batches, ROUNDS).items():
-        median, spread = middle(times)
+        median, spread = median_and_half_iqr(times)
         rows.append(("batch size", size, 1000 * median, 1000 * spread, round(size / median)))
     step = batches[default]
 
@@ -56,7 +56,7 @@ def main() -> None:
 
     counts = {count: lambda given=count: steps(given) for count in (1, 2, 4, 8)}
     for count, times in alternate(counts, ROUNDS).items():
-        median, spread = middle(times)
+        median, spread = median_and_half_iqr(times)
         rows.append(("images", count * default, 1000 * median, 1000 * spread, round(count * default / median)))
     widths = {}
     for factor in (0.5, 1.0, 1.5, 2.0):
@@ -64,7 +64,7 @@ def main() -> None:
         parameters = sum(p.numel() for p in model.parameters())
         widths[f"{factor:g} ({parameters:,})"] = training_step(model, recipe_optimizer(model), default)
     for width, times in alternate(widths, ROUNDS).items():
-        median, spread = middle(times)
+        median, spread = median_and_half_iqr(times)
         rows.append(("width (parameters)", width, 1000 * median, 1000 * spread, round(default / median)))
     report("growth", ("grows", "to", "ms", "± ms", "images/s"), rows)
 

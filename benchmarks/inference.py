@@ -13,7 +13,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from common import alternate, middle, random_batch, report
+from common import alternate, median_and_half_iqr, random_batch, report
 from torch import Tensor, nn
 
 from config import choose_runtime
@@ -65,7 +65,7 @@ def main() -> None:
             images, _ = random_batch(size)
             seconds = alternate({name: partial(calls, answer, images) for name, answer in ways.items()}, ROUNDS)
             for name, times in seconds.items():
-                median, spread = middle(times)
+                median, spread = median_and_half_iqr(times)
                 count = size * CALLS[size]
                 speeds.setdefault(name, []).extend([round(count / median), round(count * spread / median**2)])
     columns = ("images/s", *[f"{part}{size}" for size in BATCHES for part in ("batch of ", "± of ")])

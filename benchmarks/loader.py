@@ -16,7 +16,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from common import alternate, middle, report, training_step
+from common import alternate, median_and_half_iqr, report, training_step
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
@@ -96,7 +96,7 @@ def main() -> None:
     ours = statistics.median(seconds["ours"])
     rows = []
     for name, times in seconds.items():
-        median, spread = middle(times)
+        median, spread = median_and_half_iqr(times)
         rows.append((name, round(IMAGES / median), round(IMAGES * spread / median**2), f"{median / ours:.1f}"))
 
     def step_for_each(batches: Iterable) -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     loader = loaders["ours"]
     both = {"with": lambda: step_for_each(loader), "alone": lambda: step_for_each(range(len(loader)))}
     ratios = [a / b for a, b in zip(*alternate(both, ROUNDS).values(), strict=True)]
-    median, spread = middle(ratios)
+    median, spread = median_and_half_iqr(ratios)
     report(
         "loader",
         ("one worker", "images/s", "± images/s", "ours is faster by"),

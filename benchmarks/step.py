@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from baselines import airbench94_muon_network
-from common import alternate, largest_convolution, middle, random_batch, report, training_step
+from common import alternate, largest_convolution, median_and_half_iqr, random_batch, report, training_step
 from torch import Tensor, nn
 
 from config import Config, choose_runtime
@@ -86,7 +86,7 @@ def main() -> None:
     total = statistics.median(seconds["step"])
     rows = []
     for part, times in parts.items():
-        (median, spread), count = middle(times), counts.get(part, 0)
+        (median, spread), count = median_and_half_iqr(times), counts.get(part, 0)
         rate = f"{count / median / 1e9:.0f}" if count else ""
         of_limit = f"{100 * count / median / limit:.0f} %" if count else ""
         rows.append((part, 1000 * median, 1000 * spread, f"{100 * median / total:.1f} %", rate, of_limit))

@@ -19,7 +19,7 @@ import statistics
 
 import torch
 from baselines import airbench94_muon_network, original_network
-from common import alternate, as_mean, largest_convolution, middle, report, taken_up, training_step
+from common import alternate, as_mean, largest_convolution, median_and_half_iqr, report, taken_up, training_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,7 +79,7 @@ def baseline_seconds() -> tuple[float, float, float]:
     peer = airbench94_muon_network()
     peer_step = training_step(peer, recipe_optimizer(peer), PEER_BATCH)
     seconds = alternate({"original": original_step, "peer": peer_step, "limit": convolution}, 15)
-    median = {name: middle(times)[0] for name, times in seconds.items()}
+    median = {name: median_and_half_iqr(times)[0] for name, times in seconds.items()}
     return ORIGINAL_STEPS * median["original"], PEER_STEPS * median["peer"], operations / median["limit"] / 1e9
 
 

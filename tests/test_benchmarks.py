@@ -46,7 +46,7 @@ def test_candidates_take_turns_and_the_first_call_does_not_count():
     seconds = common.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=3)
     assert "".join(calls) == "abababab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
-    assert common.middle([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert common.median_and_half_iqr([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert (common.as_mean([93.0, 94.0]), common.as_mean([93.0])) == ("93.50 ± 0.71", "93.00")
 
 
