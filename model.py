@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WEIGHTS = Path(__file__).with_name("weights") / "cifar10.pt"  # see weights/README.md
-WEIGHTS_SHA256 = "e15d1fa57363c74f97a2a44a7adeb9efa96ecfab3a28d8bc58a8d5889b502ca1"
+WEIGHTS_SHA256 = "56fd038c89c107675c81c3b46f20803b458012be9363eb086be0c9bc401758f0"
 
 
 class WeightsError(RuntimeError):
