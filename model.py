@@ -67,7 +67,7 @@ class Net(nn.Module):
             conv_bn(80, 224, pool=True),  # (N, 224, 8, 8)
         )
         # C3 recognises parts: the dilated convolution looks over 5 of the 8 positions at once, so that
-        # at the end even the corners see the whole image, and the dense one fills in between.
+        # at the end every place sees all but a row of the image, and the dense one fills in between.
         self.c3 = nn.Sequential(
             Residual(conv_bn(224, 224, dilation=2), conv_bn(224, 224)),  # (N, 224, 8, 8)
             conv_bn(224, 324, pool=True),  # (N, 324, 4, 4)

@@ -52,13 +52,13 @@ def summary(runs: list[dict]) -> str:
     return (
         "A notebook and a set of short modules that train a "
         f"{runs[0]['parameters']:,}-parameter network on CIFAR-10 to "
-        f"**{as_mean(last_accuracies(runs))} %** test accuracy in {epochs} epochs, which take "
-        f"{minutes(first['seconds'][-1])} minutes on {threads} of an {processor} processor, without a GPU. "
+        f"**{as_mean(last_accuracies(runs))} %** test accuracy in {epochs} epochs: "
+        f"{minutes(first['seconds'][-1])} minutes on {threads} of an {processor} processor with AMX, without a GPU. "
         f"Trained weights ship with it: **{measured['accuracy']:.2f} %**, after {long['config']['epochs']} epochs."
     )
 
 
-WHERE = 'Minutes are on {}, without a GPU; "about": from the time of a training step of the same layers'
+WHERE = 'Minutes are on {}, with AMX, without a GPU; "about": from the time of a training step of the same layers'
 
 # Published of others: network and source, test accuracy, parameters, million multiply-adds, epochs, needs.
 AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench"
@@ -114,13 +114,16 @@ def peers(runs: list[dict]) -> str:
             "**this network**, as it ships",
             f"**{measured['accuracy']:.2f} %**",
             *(f"{long['parameters']:,}", work[0], f"{long['config']['epochs']}"),
-            *(minutes(long["history"]["seconds"][-1]), "a CPU or a GPU"),
+            *(minutes(long["history"]["seconds"][-1]), "a CPU (GPUs untried)"),
         ),
         (
             f"[airbench94_muon]({AIRBENCH})",
             "94.01 % (6 views, mean); 93.2 % (plain, one run of ours)",
             *("1,972,792", work[1], "8"),
-            *("about " + minutes(saved("benchmarks/time_to_accuracy")["seconds_of_airbench94_muon"]), "an NVIDIA GPU"),
+            *(
+                "about " + minutes(saved("benchmarks/time_to_accuracy")["seconds_of_airbench94_muon"]),
+                "an NVIDIA GPU, as published",
+            ),
         ),
         *[(*row[:5], "", row[5]) for row in PUBLISHED],
     ]
