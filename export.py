@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import CIFAR10, SIZE
-from model import Net, WeightsError
+from predict import parse_with_network
 from storage import DataError, DataUnreachableError
 
 TOLERANCE = 1e-4  # between log-probabilities, natural
@@ -48,13 +48,8 @@ def differences(model: nn.Module, file: str | Path, batches: Iterable[Tensor]) -
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the trained network as ONNX and check it with ONNX Runtime.")
     parser.add_argument("file", help="what to write, such as net.onnx")
-    parser.add_argument("--weights", metavar="FILE", help="model.pt of a run of yours (default: those that ship)")
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data")
-    options = parser.parse_args(arguments)
-    try:
-        model = Net.from_pretrained(options.weights)
-    except WeightsError as error:
-        parser.error(str(error))
+    options, model = parse_with_network(parser, arguments)
     try:
         data, name = CIFAR10(train=False, data_dir=options.data_dir), "the test set"
     except DataUnreachableError:

@@ -129,6 +129,16 @@ def files_in(path: Path) -> list[str]:
     return [str(f) for f in sorted(path.rglob("*")) if f.suffix.lower() in suffixes and f.is_file()] or [str(path)]
 
 
+def parse_with_network(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[argparse.Namespace, Net]:
+    """The options, and the trained network that `--weights` names; leaves with a message if something is wrong."""
+    parser.add_argument("--weights", metavar="FILE", help="model.pt of a run of yours (default: those that ship)")
+    options = parser.parse_args(arguments)
+    try:
+        return options, Net.from_pretrained(options.weights)
+    except WeightsError as error:
+        parser.error(str(error))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Say which of the ten classes of CIFAR-10 is in each picture, and how probable it is.",
@@ -137,12 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a picture of any size, or a folder of them")
     parser.add_argument("--top", type=int, default=3, choices=TOP, metavar="N", help="classes to name (default: 3)")
     parser.add_argument("--json", action="store_true", help="a list with path and probabilities of all classes")
-    parser.add_argument("--weights", metavar="FILE", help="model.pt of a run of yours (default: those that ship)")
-    options = parser.parse_args(arguments)
-    try:
-        model = Net.from_pretrained(options.weights)
-    except WeightsError as error:
-        parser.error(str(error))
+    options, model = parse_with_network(parser, arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of names that it cannot print
     errors: list[PictureError] = []
     answers = classify(options.paths, model, errors)

@@ -201,9 +201,9 @@ class Run:
                 torch.set_rng_state(state["random"])
                 if torch.cuda.is_available() and state["cuda_random"] is not None:
                     torch.cuda.set_rng_state(state["cuda_random"])
+        except (SettingError, CheckpointError):
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, SettingError | CheckpointError):
-                raise
             raise CheckpointError(f"{self.folder / 'last.pt'} does not fit this network: {error}") from error
         scheduler, groups = self.scheduler, self.optimizer.param_groups
         for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

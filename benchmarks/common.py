@@ -45,6 +45,12 @@ def median_and_half_iqr(seconds: Iterable[float]) -> tuple[float, float]:
     return median, (high - low) / 2
 
 
+def rate(count: int, seconds: Iterable[float]) -> tuple[int, int]:
+    """How many a second if `count` take so long: at the median, and the half distance between the quartiles."""
+    median, spread = median_and_half_iqr(seconds)
+    return round(count / median), round(count * spread / median**2)
+
+
 def largest_convolution(batch_size: int = 500, channels: int = 256, size: int = 16) -> tuple[Callable[[], Any], float]:
     """Forward and backward of one large 3x3 convolution in bf16, channels_last, and its floating-point operations.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from common import alternate, median_and_half_iqr, random_batch, report
+from common import alternate, random_batch, rate, report
 from torch import Tensor, nn
 
 from config import choose_runtime
@@ -58,16 +58,14 @@ def calls(answer: Callable[[Tensor], Any], images: Tensor) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    speeds: dict[str, list[float | int]] = {}
+    speeds: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         ways = candidates(Net(), Path(folder))
         for size in BATCHES:
             images, _ = random_batch(size)
             seconds = alternate({name: partial(calls, answer, images) for name, answer in ways.items()}, ROUNDS)
             for name, times in seconds.items():
-                median, spread = median_and_half_iqr(times)
-                count = size * CALLS[size]
-                speeds.setdefault(name, []).extend([round(count / median), round(count * spread / median**2)])
+                speeds.setdefault(name, []).extend(rate(size * CALLS[size], times))
     columns = ("images/s", *[f"{part}{size}" for size in BATCHES for part in ("batch of ", "± of ")])
     report(
         "inference", columns, [(name, *values) for name, values in speeds.items()], onnxruntime=onnxruntime.__version__

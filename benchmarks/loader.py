@@ -16,7 +16,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from common import alternate, median_and_half_iqr, report, training_step
+from common import alternate, median_and_half_iqr, rate, report, training_step
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
@@ -96,8 +96,7 @@ def main() -> None:
     ours = statistics.median(seconds["ours"])
     rows = []
     for name, times in seconds.items():
-        median, spread = median_and_half_iqr(times)
-        rows.append((name, round(IMAGES / median), round(IMAGES * spread / median**2), f"{median / ours:.1f}"))
+        rows.append((name, *rate(IMAGES, times), f"{statistics.median(times) / ours:.1f}"))
 
     def step_for_each(batches: Iterable) -> None:
         for _ in batches:
