@@ -1,39 +1,45 @@
 """Leaves Python: `python export.py net.onnx` writes the trained network for ONNX Runtime, and compares the two."""
 
 import argparse
+import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dataset import CIFAR10, SIZE
+from dataset import CIFAR10, CLASSES, SIZE
 from predict import parse_with_network
 from storage import DataError, DataUnreachableError
+from transforms import MEAN, STD
 
 TOLERANCE = 1e-4  # between log-probabilities, natural
 BATCHES = (1, 7, 500)  # images, to see that any number will do
 
 
-def export(model: nn.Module, file: str | Path) -> None:
+def export(model: nn.Module, file: str | Path, classes: Sequence[str] = CLASSES) -> None:
     """Writes `model` as ONNX: "images", float32 (N, 3, 32, 32) normalised -> "log_probs", float32 (N, classes).
+
+    The file's metadata says, as JSON, with which "mean" and "std" images are normalised, and names the "classes".
 
     Args:
         model: On the CPU; exported as it answers in eval mode.
         file: Is overwritten.
+        classes: Their names, in the order of the model's outputs.
     """
-    torch.onnx.export(
+    program = torch.onnx.export(
         model.eval(),
         (torch.zeros(2, 3, SIZE, SIZE),),
-        file,
         input_names=["images"],
         output_names=["log_probs"],
         dynamic_shapes=({0: torch.export.Dim("N")},),
-        external_data=False,
         verbose=False,
     )
+    known = {"mean": MEAN, "std": STD, "classes": classes}
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in known.items()})
+    program.save(file)
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 """The exported network says what the network says, for any number of images."""
 
+import json
 import math
 
+import onnxruntime
 import pytest
 import torch
 
 import export
-from dataset import CIFAR10
+from dataset import CIFAR10, CLASSES
 from model import Net
+from transforms import MEAN, STD
 
 
 def test_the_command_exports_and_checks_on_real_batches(tmp_path, capsys, monkeypatch):
@@ -18,6 +21,12 @@ def test_the_command_exports_and_checks_on_real_batches(tmp_path, capsys, monkey
     printed = capsys.readouterr().out
     assert "on batches of (1, 7, 50) images of the test set" in printed
     assert file.stat().st_size > 8e6
+    metadata = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+    assert {name: tuple(json.loads(text)) for name, text in metadata.items()} == {
+        "mean": MEAN,
+        "std": STD,
+        "classes": CLASSES,
+    }
     images = torch.stack([image for image, _ in CIFAR10(train=False)])
     trained = Net.from_pretrained(tmp_path / "model.pt")
     assert all(difference <= 1e-4 for difference in export.differences(trained, file, images.split(20)))
