@@ -1,8 +1,9 @@
 """What each part of the network and of the recipe is worth: one switch off at a time.
 
-`python benchmarks/ablation.py --epochs 6 --seeds 0 1` trains, from CIFAR-10 (see the README), a run for each switch and
-each seed, saved in runs/ and not repeated when it is there already, then prints test accuracies of the last epoch.
-What is left out is not made up for, so some networks are smaller or larger: their parameters are in the table.
+`python benchmarks/ablation.py` trains, from CIFAR-10 (see the README), a run for each switch and each seed, saved in
+runs/ and not repeated when it is there already, then prints test accuracies of the last epoch and saves them in
+ablation_N_epochs.json. What is left out is not made up for, so some networks are smaller or larger: their parameters
+are in the table.
 """
 
 import argparse
@@ -83,6 +84,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"{name} off": {"augment": tuple(n for n in AUGMENT if n != name)} for name in AUGMENT},
     "label smoothing off": {"label_smoothing": 0.0},
 }
+SWITCHES = (*NETWORKS, *SETTINGS)
 
 
 def train(switch: str, epochs: int, seed: int) -> tuple[float, float, int]:
@@ -114,15 +116,16 @@ def rows(results: dict[str, list[tuple[float, float, int]]]) -> list[tuple]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--switches", nargs="+", default=SWITCHES, choices=SWITCHES)
     options = parser.parse_args()
     results = {
         switch: [train(switch, options.epochs, seed) for seed in options.seeds]
-        for switch in ("all on", *NETWORKS, *SETTINGS)
+        for switch in ("all on", *options.switches)
     }
-    columns = "switch", "test accuracy, %", "difference", "training accuracy, %", "parameters"
-    report("ablation", columns, rows(results), epochs=options.epochs, seeds=len(options.seeds))
+    columns = "switch", "test accuracy, %", "difference, points", "training accuracy, %", "parameters"
+    report(f"ablation_{options.epochs}_epochs", columns, rows(results), runs_each=len(options.seeds))
 
 
 if __name__ == "__main__":

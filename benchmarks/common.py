@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -89,11 +88,8 @@ def taken_up(config: Config) -> Config:
 def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any) -> None:
     """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json.
 
-    Fractions are rounded to three digits. Where ONEDNN_MAX_CPU_ISA keeps a processor from using all its instructions,
-    the file's name and notes say so.
+    Fractions are rounded to three digits.
     """
-    if instructions := os.environ.get("ONEDNN_MAX_CPU_ISA"):
-        name, notes = f"{name}_{instructions.lower()}", {**notes, "instructions": instructions}
     rows = [tuple(float(f"{v:.3g}") if isinstance(v, float) else v for v in row) for row in rows]
     texts = [columns, *[tuple(map(as_text, row)) for row in rows]]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

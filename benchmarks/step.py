@@ -5,9 +5,10 @@
 the network's multiply-adds alone, counted twice (multiply, add) and three times (forward, and backward to the input and
 to the weights; the first layer has no input to go back to). The layers of airbench94_muon are timed beside it.
 
-With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 before it, a processor with AMX does without, like one that has none.
+`--save-as step_epyc` keeps the table of another machine beside step.json.
 """
 
+import argparse
 import statistics
 from collections.abc import Callable
 
@@ -62,6 +63,9 @@ def layers_alone(model: nn.Module) -> dict[str, tuple[Callable[[], None], int]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save-as", metavar="NAME", default="step", help="of the JSON file (default: step)")
+    options = parser.parse_args()
     torch.manual_seed(0)
     model = Net()
     optimizer = recipe_optimizer(model)
@@ -91,7 +95,7 @@ def main() -> None:
         of_limit = f"{100 * count / median / limit:.0f} %" if count else ""
         rows.append((part, 1000 * median, 1000 * spread, f"{100 * median / total:.1f} %", rate, of_limit))
     report(
-        "step",
+        options.save_as,
         ("layers", "ms", "± ms", "of the step", "GFLOP/s", "of the limit"),
         rows,
         batch_size=BATCH_SIZE,

@@ -1,4 +1,4 @@
-"""Puts saved numbers and pictures into the READMEs; `make readme` does it, and a test keeps them true.
+"""Puts saved numbers and pictures into READMEs and notebook; `make readme` does it, and a test keeps them true.
 
 The numbers come from results/cifar10-seed*.json, copies of the runs' metrics.json, from benchmarks/*.json and from
 weights/*.json; the picture of mistakes comes from the committed notebook, which is the run of seed 0.
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent
 READMES = tuple(REPOSITORY / name for name in ("README.md", "benchmarks/README.md", "weights/README.md"))
+NOTEBOOK = REPOSITORY / "S9_Final.ipynb"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 import model_card  # noqa: E402
@@ -175,7 +176,7 @@ def benchmark_table(name: str) -> str:
 
 
 def with_numbers(text: str, runs: list[dict]) -> str:
-    """A README with the parts between `<!-- name -->` and `<!-- /name -->` written anew."""
+    """A README, or a cell of text, with the parts between `<!-- name -->` and `<!-- /name -->` written anew."""
     own = {
         "summary": lambda: summary(runs),
         "table": lambda: table(runs),
@@ -195,14 +196,23 @@ def main() -> None:
     runs = saved_runs()
     for readme in READMES:
         readme.write_text(with_numbers(readme.read_text(), runs))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in texts(notebook):
+        cell.source = with_numbers(cell.source, runs)
+    nbformat.write(notebook, NOTEBOOK)
     plot_architecture(Net()).savefig(RESULTS / "architecture.png", dpi=110)
     plot_curves(runs[0]["history"]).savefig(RESULTS / "curves.png", dpi=110)
     (RESULTS / "misclassified.png").write_bytes(picture_of("plot_misclassified(test_set, log_probs)"))
 
 
+def texts(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Its cells in Markdown."""
+    return [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
 def picture_of(call: str) -> bytes:
     """The PNG that a cell of the committed notebook drew; `call` is the cell's last line."""
-    notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     (cell,) = [cell for cell in notebook.cells if cell.source.endswith(call)]
     (png,) = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
     return base64.b64decode(png)

@@ -38,6 +38,8 @@ def test_the_numbers_are_those_of_the_saved_runs(readme):
         assert collect.is_default(run)
     for path in readme.READMES:
         assert readme.with_numbers(path.read_text(), runs) == path.read_text(), f"{path} is old: run `make readme`"
+    for cell in readme.texts(nbformat.read(readme.NOTEBOOK, as_version=4)):
+        assert readme.with_numbers(cell.source, runs) == cell.source, "the notebook is old: run `make readme`"
 
 
 def test_the_commands_of_a_training_made_longer_are_found_from_its_rates(readme):
@@ -48,7 +50,7 @@ def test_the_commands_of_a_training_made_longer_are_found_from_its_rates(readme)
 
 
 def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_0(readme):
-    notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
+    notebook = nbformat.read(readme.NOTEBOOK, as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     history = json.loads((REPOSITORY / "results/cifar10-seed0.json").read_text())["history"]
@@ -61,7 +63,7 @@ def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_
 
 def test_only_a_notebook_that_ran_whole_with_the_default_settings_is_taken(readme):
     fault = importlib.import_module("collect").fault
-    notebook = nbformat.read(REPOSITORY / "S9_Final.ipynb", as_version=4)
+    notebook = nbformat.read(readme.NOTEBOOK, as_version=4)
     assert fault(notebook) is None
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     code[-1].outputs = [nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]
