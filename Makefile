@@ -15,7 +15,7 @@ help:
 	@echo "make lint    check style, formatting and types"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
 	@echo "make card    measure the trained weights (RUN=runs/NAME: those of that run, which then ship), then make readme"
-	@echo "make readme  write the numbers and pictures of all READMEs from saved results and the notebook"
+	@echo "make readme  write the numbers and pictures of READMEs and notebook from saved results"
 	@echo "make clean   delete the environment and caches; runs/ and data/ stay"
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt

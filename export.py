@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import onnxruntime
 import torch
@@ -28,16 +29,25 @@ def export(model: nn.Module, file: str | Path, classes: Sequence[str] = CLASSES)
         model: On the CPU; exported as it answers in eval mode.
         file: Is overwritten.
         classes: Their names, in the order of the model's outputs.
+
+    Raises:
+        ValueError: There are more or fewer names than outputs.
     """
-    program = torch.onnx.export(
-        model.eval(),
-        (torch.zeros(2, 3, SIZE, SIZE),),
+    images = torch.zeros(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        outputs = model.eval()(images).shape[1]
+    if outputs != len(classes):
+        raise ValueError(f"classes must name the {outputs} that the network tells apart, got {len(classes)}")
+    exported = torch.onnx.export(
+        model,
+        (images,),
         input_names=["images"],
         output_names=["log_probs"],
         dynamic_shapes=({0: torch.export.Dim("N")},),
         verbose=False,
     )
     known = {"mean": MEAN, "std": STD, "classes": classes}
+    program = cast(torch.onnx.ONNXProgram, exported)  # None is for an option that is not used here
     program.model.metadata_props.update({name: json.dumps(value) for name, value in known.items()})
     program.save(file)
 

@@ -2,8 +2,8 @@
 
 `python benchmarks/ablation.py` trains, from CIFAR-10 (see the README), a run for each switch and each seed, saved in
 runs/ and not repeated when it is there already, then prints test accuracies of the last epoch and saves them in
-ablation_N_epochs.json. What is left out is not made up for, so some networks are smaller or larger: their parameters
-are in the table.
+benchmarks/ablation_N_epochs.json, in the place of what was there. What is left out is not made up for, so some networks
+are smaller or larger: their parameters are in the table.
 """
 
 import argparse
@@ -71,9 +71,9 @@ def without_gap(net: Net) -> nn.Module:
 AUGMENT = Config().augment
 NETWORKS: dict[str, Callable[[Net], nn.Module]] = {
     "dilation off": without_dilation,
-    "depthwise filters off, 1×1 left": without_depthwise,
+    "depthwise filters off, only 1×1 kept": without_depthwise,
     "dense 3×3 instead of depthwise-separable": with_dense,
-    "BatchNorm off, scale and shift left, and Muon's rescaling off": lambda net: replaced(
+    "BatchNorm off but for scale and shift, Muon's rescaling off": lambda net: replaced(
         net, nn.BatchNorm2d, lambda norm: Scale(norm.num_features)
     ),
     "GAP off, linear on all 4×4 places": without_gap,

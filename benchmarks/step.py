@@ -5,7 +5,7 @@
 the network's multiply-adds alone, counted twice (multiply, add) and three times (forward, and backward to the input and
 to the weights; the first layer has no input to go back to). The layers of airbench94_muon are timed beside it.
 
-`--save-as step_epyc` keeps the table of another machine beside step.json.
+`--save-as step_zen5` keeps the table of another machine beside step.json.
 """
 
 import argparse

@@ -197,7 +197,7 @@ def main() -> None:
     for readme in READMES:
         readme.write_text(with_numbers(readme.read_text(), runs))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in texts(notebook):
+    for cell in text_cells(notebook):
         cell.source = with_numbers(cell.source, runs)
     nbformat.write(notebook, NOTEBOOK)
     plot_architecture(Net()).savefig(RESULTS / "architecture.png", dpi=110)
@@ -205,7 +205,7 @@ def main() -> None:
     (RESULTS / "misclassified.png").write_bytes(picture_of("plot_misclassified(test_set, log_probs)"))
 
 
-def texts(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+def text_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     """Its cells in Markdown."""
     return [cell for cell in notebook.cells if cell.cell_type == "markdown"]
 

@@ -100,7 +100,8 @@ def test_a_wider_network_keeps_its_layers():
     assert sum(p.numel() for p in same.parameters()) == 2_034_040
 
 
-BATCH_NORM = "BatchNorm off, scale and shift left, and Muon's rescaling off"
+BATCH_NORM = "BatchNorm off but for scale and shift, Muon's rescaling off"
+DEPTHWISE = "depthwise filters off, only 1×1 kept"
 
 
 def test_each_switch_of_the_ablation_turns_off_what_it_says():
@@ -116,9 +117,9 @@ def test_each_switch_of_the_ablation_turns_off_what_it_says():
     assert {conv.dilation for conv in convolutions} == {(1, 1)}
     assert not [m for m in layers[BATCH_NORM] if isinstance(m, nn.BatchNorm2d)]
     assert not [m for m in layers["shortcuts off"] if isinstance(m, Residual)]
-    for name in ("depthwise filters off, 1×1 left", "dense 3×3 instead of depthwise-separable"):
+    for name in (DEPTHWISE, "dense 3×3 instead of depthwise-separable"):
         assert {m.groups for m in layers[name] if isinstance(m, nn.Conv2d)} == {1}
-    assert count["depthwise filters off, 1×1 left"] == 2_034_040 - 2 * (9 + 2) * 324
+    assert count[DEPTHWISE] == 2_034_040 - 2 * (9 + 2) * 324
     assert ablation.SETTINGS["crop off"] == {"augment": ("flip", "cutout")}
 
 
@@ -130,6 +131,21 @@ def test_the_ablation_trains_once_and_then_reads(monkeypatch):
     assert Path("runs/ablation-1-label-smoothing-off-seed0/last.pt").exists()
     assert ablation.train("label smoothing off", 1, 0) == first
     assert first[2] == 2_034_040
+
+
+def test_the_ablation_compares_what_was_asked_for_and_saves_it_by_its_length(tmp_path, monkeypatch):
+    ablation = importlib.import_module("ablation")
+    monkeypatch.setattr("common.FOLDER", tmp_path)
+    monkeypatch.setattr(
+        ablation, "train", lambda switch, epochs, seed: (90.0 + seed - (switch == "crop off"), 95.0, 10)
+    )
+    monkeypatch.setattr("sys.argv", ["ablation.py", "--epochs", "8", "--seeds", "1", "2", "--switches", "crop off"])
+    ablation.main()
+    saved = json.loads((tmp_path / "ablation_8_epochs.json").read_text())
+    assert [(row["switch"], row["difference, points"]) for row in saved["rows"]] == [
+        ("all on", "+0.00"),
+        ("crop off", "-1.00"),
+    ]
 
 
 def test_a_run_of_the_ablation_that_diverges_is_named():

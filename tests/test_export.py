@@ -37,6 +37,11 @@ def test_the_command_exports_and_checks_on_real_batches(tmp_path, capsys, monkey
     assert "do not use the file" in capsys.readouterr().err
 
 
+def test_names_that_do_not_fit_the_network_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must name the 2 that the network tells apart, got 10"):
+        export.export(Net(num_classes=2), tmp_path / "net.onnx")
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
     torch.save(Net().state_dict(), tmp_path / "model.pt")
     with pytest.raises(SystemExit):

@@ -38,7 +38,9 @@ def test_the_numbers_are_those_of_the_saved_runs(readme):
         assert collect.is_default(run)
     for path in readme.READMES:
         assert readme.with_numbers(path.read_text(), runs) == path.read_text(), f"{path} is old: run `make readme`"
-    for cell in readme.texts(nbformat.read(readme.NOTEBOOK, as_version=4)):
+    cells = readme.text_cells(nbformat.read(readme.NOTEBOOK, as_version=4))
+    assert any("<!-- ablation" in cell.source for cell in cells)
+    for cell in cells:
         assert readme.with_numbers(cell.source, runs) == cell.source, "the notebook is old: run `make readme`"
 
 
