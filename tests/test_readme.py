@@ -107,7 +107,11 @@ def test_every_file_and_picture_named_is_there(readme):
         text = page.read_text()
         for path in set(re.findall(r"\]\((?!http)([^)]+)\)", text)) | set(re.findall(r"^\| `([\w./]+)`", text, re.M)):
             if "." in path or "/" in path:
-                assert (page.parent / path).exists(), f"{path}, named in {page}"
+                file, _, heading = path.partition("#")
+                assert (page.parent / file).exists(), f"{path}, named in {page}"
+                if heading:
+                    headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(), re.M)
+                    assert heading in [title.lower().replace(" ", "-") for title in headings], f"{path}, in {page}"
 
 
 def test_the_file_map_names_every_module():
