@@ -49,7 +49,7 @@ def export(model: nn.Module, file: str | Path, classes: Sequence[str] = CLASSES)
     known = {"mean": MEAN, "std": STD, "classes": classes}
     program = cast(torch.onnx.ONNXProgram, exported)  # None is for an option that is not used here
     program.model.metadata_props.update({name: json.dumps(value) for name, value in known.items()})
-    program.save(file)
+    program.save(file, external_data=False)
 
 
 @torch.no_grad()
