@@ -37,11 +37,15 @@ class Config:
     data: str = setting("cifar10", "the dataset, or drawn pictures that need no files", ("cifar10", "synthetic"))
     data_dir: str | None = setting(None, "where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at")
     name: str | None = setting(None, "results go to runs/NAME, which must be new (default: data, seed and time)")
+    weights: str | None = setting(
+        None, "start from the weights in this file, such as runs/NAME/model.pt, not from new ones"
+    )
     epochs: int = setting(20, "passes over the training set; the learning rate falls linearly to 0 over all of them")
     batch_size: int = setting(500, "images per step")
     lr: float = setting(0.12, "learning rate of the filters at the start; the other rates are in proportion to it")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes")
     augment: tuple[str, ...] = setting(DEFAULT_AUGMENT, "augmentations, in any number", AUGMENTATIONS)
+    cutmix: float = setting(0.0, "share of the batches in which images, and labels, get a part of another (CutMix)")
     holdout: int = setting(0, "test on this many training images, kept out of training, instead of the test set")
     seed: int = setting(0, "seed of the initial weights, of the order of the images and of their augmentation")
     workers: int = setting(1, "processes that prepare the images; the result is the same for any number")
@@ -60,6 +64,7 @@ class Config:
             "batch_size": (2, 50_000),
             "lr": (0, 10),
             "label_smoothing": (0, 0.99),
+            "cutmix": (0, 1),
             "holdout": (0, 40_000),
             "seed": (0, 2**32 - 1),
             "workers": (0, 64),
@@ -214,7 +219,10 @@ def keep_freed_memory() -> None:
 
 
 def describe_hardware() -> str:
-    """The processor, its cores in use, and the GPU if there is one."""
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads{gpu}"
+    """The processor, its fastest instructions for bf16, its cores in use, and the GPU, as far as there are such."""
+    capabilities = torch.cpu.get_capabilities()
+    parts = [capabilities.get("cpu_name") or platform.processor() or platform.machine()]
+    parts += [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)][:1]
+    parts += [f"{torch.get_num_threads()} threads"]
+    parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join(parts)

@@ -39,6 +39,7 @@ def train_one_epoch(
     *,
     runtime: Runtime | None = None,
     label_smoothing: float = 0.0,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     title: str = "train",
     progress: bool | None = None,
     meter: Meter | None = None,
@@ -49,6 +50,8 @@ def train_one_epoch(
     Args:
         model: Any network from (N, 3, H, W) to (N, classes), logits or log-probabilities; must be on the device.
         runtime: From `choose_runtime`; by default what that finds best on the model's device.
+        mix: Called with images and labels, int64 (N,), of every batch, and returns what to train on in their place;
+            the labels may then be float (N, classes), the share of each. `torchvision.transforms.v2.CutMix` is such.
         title: Stands before the bar.
         progress: Whether to show a bar; by default on a terminal and in a notebook.
         meter: Counts here, from where it stands: an epoch that was interrupted goes on, if the loader does so, too.
@@ -69,6 +72,8 @@ def train_one_epoch(
     with _bar(title, loader.dataset, meter.images, progress) as bar:
         for images, labels in loader:
             images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
+            if mix:
+                images, labels = mix(images, labels)
             with runtime.autocast():
                 scores = model(images).float()  # (N, classes)
             loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
@@ -151,8 +156,9 @@ def _runtime_of(model: nn.Module) -> Runtime:
 
 
 def _sums(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,): the summed negative log-likelihood, and how many answers are right."""
-    return torch.stack([F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == labels).sum()])
+    """(2,): the summed negative log-likelihood, and how many answers are right: of shares of classes, the largest."""
+    right = labels if labels.ndim == 1 else labels.argmax(1)
+    return torch.stack([F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == right).sum()])
 
 
 def _bar(title: str, dataset: Dataset, initial: int, progress: bool | None) -> tqdm:

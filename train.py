@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 import distributed
 from checkpoint import CheckpointError, StopRequest, stop_requests
 from config import Config, Runtime, SettingError, choose_runtime, keep_freed_memory, parse_args
-from dataset import CIFAR10, EpochSampler, end_workers, make_loader
+from dataset import CIFAR10, CLASSES, EpochSampler, end_workers, make_loader
 from engine import evaluate, predict, train_one_epoch
 from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError, failure_of_the_machine
-from model import Net
+from model import Net, WeightsError
 from optim import recipe_optimizer
 from runs import Run, after_restart, unused_folder
 from storage import DataError, prepare
@@ -75,6 +76,7 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         SettingError: A setting does not fit the data or the machine, or the folder already holds a run.
         storage.DataError: CIFAR-10 is missing or damaged.
         CheckpointError: The run to be resumed is missing, damaged, or of another network.
+        WeightsError: The file in `config.weights` is missing, damaged or of another network.
         NonFiniteLossError: The loss is infinite or NaN; the last checkpoint is from before.
         MachineError: Memory ran out, or a process that prepares images died; the last checkpoint is from before.
         StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
@@ -89,6 +91,10 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
     if not config.resume:
         distributed.broadcast_from_rank_0(lambda: unused_folder(config))  # refused now, and not after a long download
     torch.manual_seed(config.seed)
+    if config.weights and not config.resume:
+        if model is not None:
+            raise SettingError("weights and a model of your own both say where training starts; give one of them")
+        model = Net.from_pretrained(config.weights)
     model = Net() if model is None else model
     if distributed.rank():
         torch.manual_seed(config.seed + distributed.rank())  # else the dropout of all processes would be the same
@@ -137,6 +143,7 @@ def _run_epochs(
 ) -> None:
     """The epochs that `run` still lacks."""
     config = run.config
+    mix = v2.RandomApply([v2.CutMix(num_classes=len(CLASSES))], config.cutmix) if config.cutmix else None
 
     def after_step() -> None:
         stop = distributed.max_over_ranks(request.signal)  # of all processes, which are asked at different moments
@@ -155,6 +162,7 @@ def _run_epochs(
             run.scheduler,
             runtime=runtime,
             label_smoothing=config.label_smoothing,
+            mix=mix,
             title=title,
             progress=progress,
             meter=run.meter,
@@ -199,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MachineError as error:  # of this process; the others only see that it is gone
         print(f"{'' if first else f'process {rank}: '}error: {error}", file=sys.stderr)
         return 1
-    except (SettingError, DataError, CheckpointError, NonFiniteLossError, UnsavedError) as error:
+    except (SettingError, DataError, CheckpointError, WeightsError, NonFiniteLossError, UnsavedError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
         return 1

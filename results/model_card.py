@@ -9,30 +9,52 @@ from config import FREE
 
 
 def weights() -> str:
-    measured, run = saved("weights/card"), saved("weights/metrics")
+    measured, runs = saved("weights/card"), saved("weights/runs")
     return (
-        f"The trained network, {run['parameters']:,} parameters in {measured['bytes'] / 1e6:.1f} MB: "
+        f"The trained network, {runs[-1]['parameters']:,} parameters in {measured['bytes'] / 1e6:.1f} MB: "
         f"**{measured['accuracy']:.2f} %** of the CIFAR-10 test images right, plain, after the last of "
-        f"{run['config']['epochs']} epochs."
+        f"{epochs_of(runs)} epochs."
     )
+
+
+def epochs_of(runs: list[dict]) -> int:
+    return sum(run["config"]["epochs"] for run in runs)
+
+
+def seconds_of(runs: list[dict]) -> float:
+    """Of training alone."""
+    return sum(run["history"]["seconds"][-1] for run in runs)
+
+
+def hardware_of(runs: list[dict]) -> str:
+    return ", then ".join(dict.fromkeys(run["hardware"] for run in runs))
 
 
 def recipe() -> str:
     """The commands that trained the weights, and what it took."""
-    run = saved("weights/metrics")
-    config, history = run["config"], run["history"]
+    runs = saved("weights/runs")
+    shown = "\n".join(command for i in range(len(runs)) for command in commands(runs[: i + 1]))
+    took = [
+        f"`{run['config']['name']}` took {minutes(run['history']['seconds'][-1])} minutes of training on "
+        f"{run['hardware']} ({run['runtime']}), torch {run['versions']['torch']}, and in its last epoch got "
+        f"{run['history']['train_accuracy'][-1]:.2f} % of the training images right, as they were augmented"
+        for run in runs
+    ]
+    return f"```bash\n{shown}\n```\n\n{'; '.join(took)}."
+
+
+def commands(runs: list[dict]) -> list[str]:
+    """What trains the last of these runs, of which each started from the weights of the one before."""
+    config, history = runs[-1]["config"], runs[-1]["history"]
     first, *longer = sittings(config["lr"], history["lr"])
+    shown = {**config, "epochs": first}
+    if len(runs) > 1:
+        shown["weights"] = f"runs/{runs[-2]['config']['name']}/model.pt"
     command = f"python train.py --name {config['name']}"
-    for field, value in {**config, "epochs": first}.items():
+    for field, value in shown.items():
         if field not in FREE and value != DEFAULT[field]:
             command += f" --{field.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
-    commands = [command, *[f"python train.py --resume runs/{config['name']} --epochs {epochs}" for epochs in longer]]
-    shown = "\n".join(commands)
-    return (
-        f"```bash\n{shown}\n```\n\n{minutes(history['seconds'][-1])} minutes of training on "
-        f"{run['hardware']} ({run['runtime']}), torch {run['versions']['torch']}; "
-        f"{history['train_accuracy'][-1]:.2f} % of the augmented training images right in the last epoch."
-    )
+    return [command, *[f"python train.py --resume runs/{config['name']} --epochs {epochs}" for epochs in longer]]
 
 
 def sittings(lr: float, rates: list[float]) -> list[int]:

@@ -48,18 +48,15 @@ def last_accuracies(runs: list[dict]) -> list[float]:
 
 def summary(runs: list[dict]) -> str:
     first, epochs = runs[0]["history"], runs[0]["config"]["epochs"]
-    processor, threads = runs[0]["hardware"].split(", ")[:2]
-    measured, long = saved("weights/card"), saved("weights/metrics")
+    measured, long = saved("weights/card"), saved("weights/runs")
     return (
         "A notebook and a set of short modules that train a "
         f"{runs[0]['parameters']:,}-parameter network on CIFAR-10 to "
         f"**{as_mean(last_accuracies(runs))} %** test accuracy in {epochs} epochs: "
-        f"{minutes(first['seconds'][-1])} minutes on {threads} of an {processor} processor with AMX, without a GPU. "
-        f"Trained weights ship with it: **{measured['accuracy']:.2f} %**, after {long['config']['epochs']} epochs."
+        f"{minutes(first['seconds'][-1])} minutes without a GPU ({runs[0]['hardware']}). "
+        f"Trained weights ship with it: **{measured['accuracy']:.2f} %**, after {model_card.epochs_of(long)} epochs."
     )
 
-
-WHERE = 'Minutes are on {}, with AMX, without a GPU; "about": from the time of a training step of the same layers'
 
 # Published of others: network and source, test accuracy, parameters, million multiply-adds, epochs, needs.
 AIRBENCH = "https://github.com/KellerJordan/cifar10-airbench"
@@ -80,7 +77,7 @@ PUBLISHED = (
 
 def table(runs: list[dict]) -> str:
     """`Net` beside the original."""
-    first, measured, long = runs[0], saved("weights/card"), saved("weights/metrics")
+    first, measured, long = runs[0], saved("weights/card"), saved("weights/runs")
     accuracies = last_accuracies(runs)
     each = ": " + ", ".join(f"{accuracy:.2f}" for accuracy in accuracies) if len(runs) > 1 else ""
     size, work = f"{first['parameters']:,}", f"{multiply_adds(Net()) / 1e6:.0f} million"
@@ -93,7 +90,7 @@ def table(runs: list[dict]) -> str:
         (
             "**this network**, [as it ships](weights/README.md)",
             f"**{measured['accuracy']:.2f} %** (n = 1)",
-            *(size, work, f"{long['config']['epochs']}", minutes(long["history"]["seconds"][-1])),
+            *(size, work, f"{model_card.epochs_of(long)}", minutes(model_card.seconds_of(long))),
         ),
         (
             "[the original](https://github.com/ShikhaERAV2/Session9)",
@@ -103,19 +100,23 @@ def table(runs: list[dict]) -> str:
         ),
     ]
     head = "network", "test accuracy", "parameters", "multiply-adds per image", "epochs", "training, minutes"
-    return f"{markdown(head, *rows)}\n\n{WHERE.format(first['hardware'])}; n is the number of runs."
+    return (
+        f"{markdown(head, *rows)}\n\nMinutes of training without a GPU: of `make run` on {first['hardware']}; of the "
+        f"network as it ships on {model_card.hardware_of(long)}; of the original, from the time of a training step of "
+        f"the same layers, on {saved('benchmarks/time_to_accuracy')['hardware']}. n is the number of runs."
+    )
 
 
-def peers(runs: list[dict]) -> str:
+def peers() -> str:
     """`Net` as it ships beside published networks of about its size."""
-    measured, long = saved("weights/card"), saved("weights/metrics")
+    measured, long = saved("weights/card"), saved("weights/runs")
     work = [f"{multiply_adds(net) / 1e6:.0f} million" for net in (Net(), airbench94_muon_network())]
     rows = [
         (
             "**this network**, as it ships",
             f"**{measured['accuracy']:.2f} %**",
-            *(f"{long['parameters']:,}", work[0], f"{long['config']['epochs']}"),
-            *(minutes(long["history"]["seconds"][-1]), "a CPU (GPUs untried)"),
+            *(f"{long[-1]['parameters']:,}", work[0], f"{model_card.epochs_of(long)}"),
+            *(minutes(model_card.seconds_of(long)), "a CPU (GPUs untried)"),
         ),
         (
             f"[airbench94_muon]({AIRBENCH})",
@@ -130,8 +131,10 @@ def peers(runs: list[dict]) -> str:
     ]
     head = "network", "test accuracy", "parameters", "multiply-adds per image", "epochs", "training, minutes", "runs on"
     return (
-        f"{markdown(head, *rows)}\n\n{WHERE.format(runs[0]['hardware'])}. Empty cells were not measured here or are "
-        "not given by the source."
+        f"{markdown(head, *rows)}\n\nMinutes of training without a GPU: of this network on "
+        f"{model_card.hardware_of(long)}; of airbench94_muon, from the time of a training step of the same layers, on "
+        f"{saved('benchmarks/time_to_accuracy')['hardware']}. Empty cells were not measured here or are not given by "
+        "the source."
     )
 
 
@@ -180,7 +183,7 @@ def with_numbers(text: str, runs: list[dict]) -> str:
     own = {
         "summary": lambda: summary(runs),
         "table": lambda: table(runs),
-        "peers": lambda: peers(runs),
+        "peers": peers,
         "survival": survival,
     }
     own |= {name: getattr(model_card, name) for name in ("weights", "recipe", "per_class", "corruptions")}

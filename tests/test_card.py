@@ -25,9 +25,17 @@ def card(monkeypatch, tmp_path):
     return card
 
 
-def record(epochs: int, data: str = "cifar10", holdout: int = 0) -> dict:
+def record(epochs: int, data: str = "cifar10", holdout: int = 0, weights: str | None = None) -> dict:
     """What is read of the metrics.json of a run of two epochs, of the given settings."""
-    return {"data": data, "history": {"epoch": [1, 2]}, "config": {"epochs": epochs, "holdout": holdout}}
+    config = {"epochs": epochs, "holdout": holdout, "weights": weights}
+    return {"data": data, "history": {"epoch": [1, 2]}, "config": config}
+
+
+def save_run(folder: Path, state: dict, **settings) -> None:
+    """What ships of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "model.pt")
+    (folder / "metrics.json").write_text(json.dumps(record(**settings)))
 
 
 def test_each_corruption_spoils_more_with_its_strength_and_the_same_each_time(card):
@@ -51,10 +59,8 @@ def test_brightness_and_noise_are_as_strong_as_they_say(card):
 
 
 def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_path):
-    run, net = tmp_path / "run", Net()
-    run.mkdir()
-    torch.save(net.state_dict(), run / "model.pt")
-    (run / "metrics.json").write_text(json.dumps(record(epochs=2)))
+    run, net = tmp_path / "runs/a", Net()
+    save_run(run, net.state_dict(), epochs=2)
     (tmp_path / "model.py").write_text('A = 1\nWEIGHTS_SHA256 = ""\n')
     card.ship(run)
     shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
@@ -62,7 +68,7 @@ def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_pat
         torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-3, atol=1e-6)
     digest = card.hashlib.sha256((tmp_path / "cifar10.pt").read_bytes()).hexdigest()
     assert (tmp_path / "model.py").read_text() == f'A = 1\nWEIGHTS_SHA256 = "{digest}"\n'
-    assert (tmp_path / "metrics.json").exists()
+    assert json.loads((tmp_path / "runs.json").read_text()) == [record(epochs=2)]
 
     test_set = CIFAR10(train=False)
     result = card.measure(shipped, test_set)
@@ -75,11 +81,22 @@ def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_pat
     assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "corruptions.png"}
 
 
+@pytest.mark.parametrize("start", ["runs/a/model.pt", "cifar10.pt"])
+def test_the_record_of_the_weights_holds_the_runs_that_they_went_through(card, tmp_path, start):
+    (tmp_path / "model.py").write_text('WEIGHTS_SHA256 = ""\n')
+    save_run(tmp_path / "runs/a", Net().state_dict(), epochs=2)
+    card.ship(tmp_path / "runs/a")
+    save_run(tmp_path / "runs/b", Net().state_dict(), epochs=2, weights=start)
+    for _ in range(2):  # to ship it again changes nothing
+        card.ship(tmp_path / "runs/b")
+        runs = json.loads((tmp_path / "runs.json").read_text())
+        assert runs == [record(epochs=2), record(epochs=2, weights=start)]
+
+
 def test_weights_too_large_for_half_precision_do_not_ship(card, tmp_path):
     state = Net().state_dict()
     state["fc.weight"][0, 0] = 1e6
-    torch.save(state, tmp_path / "model.pt")
-    (tmp_path / "metrics.json").write_text(json.dumps(record(epochs=2)))
+    save_run(tmp_path, state, epochs=2)
     with pytest.raises(OverflowError, match="half precision"):
         card.ship(tmp_path)
     assert not (tmp_path / "cifar10.pt").exists()
@@ -87,8 +104,7 @@ def test_weights_too_large_for_half_precision_do_not_ship(card, tmp_path):
 
 @pytest.mark.parametrize("run", [{"epochs": 3}, {"epochs": 2, "data": "synthetic"}, {"epochs": 2, "holdout": 5000}])
 def test_unfinished_runs_and_those_on_other_images_do_not_ship(card, tmp_path, run):
-    torch.save(Net().state_dict(), tmp_path / "model.pt")
-    (tmp_path / "metrics.json").write_text(json.dumps(record(**run)))
+    save_run(tmp_path, Net().state_dict(), **run)
     with pytest.raises(ValueError, match=r"of 3 epochs|synthetic|holdout 5000"):
         card.ship(tmp_path)
     assert not (tmp_path / "cifar10.pt").exists()

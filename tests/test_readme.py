@@ -51,6 +51,17 @@ def test_the_commands_of_a_training_made_longer_are_found_from_its_rates(readme)
     assert sittings(0.12, rates + [0.12 * (1 - epoch / 16) for epoch in range(7, 16)]) == [7, 16]
 
 
+def test_the_commands_of_a_training_in_two_runs_start_the_second_from_the_first(readme):
+    def run(name: str, lr: float, **settings) -> dict:
+        config = json.loads(json.dumps(dataclasses.asdict(Config(name=name, lr=lr, epochs=2, **settings))))
+        return {"config": config, "history": {"lr": [lr, lr / 2]}}
+
+    first, second = run("a", 0.12, seed=3), run("b", 0.06, weights="weights/cifar10.pt", augment=("crop", "flip"))
+    assert readme.model_card.commands([first]) == ["python train.py --name a --epochs 2 --seed 3"]
+    (command,) = readme.model_card.commands([first, second])
+    assert command == "python train.py --name b --weights runs/a/model.pt --epochs 2 --lr 0.06 --augment crop flip"
+
+
 def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_0(readme):
     notebook = nbformat.read(readme.NOTEBOOK, as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -16,6 +16,7 @@ import train
 from checkpoint import CheckpointError
 from config import SettingError, parse_args, resumed
 from errors import StoppedError
+from model import Net
 from runs import FILES
 from train import fit
 
@@ -47,6 +48,13 @@ def test_a_run_stopped_many_times_goes_on_bit_for_bit(uninterrupted):
     model = small_network()
     fit(config, model)
     assert torch.equal(weights(model), uninterrupted[0])
+
+
+def test_a_run_goes_on_without_the_weights_from_which_it_started():
+    torch.save(Net().state_dict(), "start.pt")
+    fit(quick(weights="start.pt", epochs=1))
+    Path("start.pt").unlink()
+    assert fit(resumed("runs/quick", epochs=2))["epoch"] == [1, 2]
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):

@@ -86,6 +86,58 @@ def test_training_loss_is_reported_without_smoothing_and_steps_once_per_batch():
     assert scheduler.last_epoch == 3
 
 
+def test_mixed_images_are_trained_on_with_mixed_labels():
+    def mix(images, labels):
+        shares = F.one_hot(labels, 10).float()
+        return 0.6 * images + 0.4 * images.roll(1, 0), 0.6 * shares + 0.4 * shares.roll(1, 0)
+
+    images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
+    model, loader = small_network(), DataLoader(TensorDataset(images, labels), batch_size=10)
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss, accuracy = train_one_epoch(model, loader, frozen, runtime=PLAIN, mix=mix)
+    scores, shares = model(mix(images, labels)[0]), mix(images, labels)[1]
+    assert loss == pytest.approx(-(shares * scores.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (scores.argmax(1) == labels).float().mean().item())
+
+
+def test_cutmix_cuts_from_the_share_of_the_batches_that_it_says(monkeypatch):
+    mixed = []
+
+    def look(*arguments, mix=None, **options):
+        images, labels = torch.zeros(20, 3, 32, 32), torch.arange(20) % 10
+        images += torch.arange(20)[:, None, None, None]
+        torch.manual_seed(0)
+        batches = [mix(images, labels) for _ in range(200)]
+        mixed.extend(shares for _, shares in batches if shares.ndim == 2)
+        for pixels, shares in batches:
+            own = (pixels == images).float().mean((1, 2, 3))
+            kept = shares[range(20), labels] if shares.ndim == 2 else torch.ones(20)
+            torch.testing.assert_close(kept, own)
+        return 0.0, 0.0
+
+    monkeypatch.setattr(train, "train_one_epoch", look)
+    fit(quick(epochs=1, cutmix=0.25), small_network())
+    assert 30 < len(mixed) < 70
+
+
+def test_training_starts_from_the_weights_of_a_run():
+    torch.manual_seed(1)
+    start = Net()
+    torch.save(start.state_dict(), "start.pt")
+    ours, given = (quick(epochs=1, lr=0.01, name=name) for name in ("ours", "given"))
+    history = fit(dataclasses.replace(ours, weights="start.pt"))
+    assert history["train_loss"] == fit(given, start)["train_loss"]
+    with pytest.raises(SettingError, match="weights and a model of your own"):
+        fit(quick(weights="start.pt", name="both"), Net())
+
+
+def test_the_command_line_refuses_weights_that_are_none(capsys):
+    Path("start.pt").write_bytes(b"hello")
+    assert train.main(["--weights", "start.pt", "--name", "quick"]) == 1
+    assert "error: start.pt does not hold the weights of a Net" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_evaluation_changes_nothing_and_keeps_the_mode():
     model, (_, loader) = Net(), make_loaders(quick())
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -160,6 +212,8 @@ def test_a_run_says_what_it_was_tested_on(capsys):
         ("lr", -0.1),
         ("lr", float("nan")),
         ("label_smoothing", 1.0),
+        ("cutmix", 1.1),
+        ("weights", ""),
         ("data", "imagenet"),
         ("augment", ("blur",)),
         ("seed", -1),

@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -71,7 +70,8 @@ def ship(run: Path) -> None:
         ValueError: The run is not finished, or did not train on all of CIFAR-10's training images and nothing else.
         OverflowError: Half precision does not hold them.
     """
-    weights, record = Net.from_pretrained(run / "model.pt").state_dict(), json.loads((run / "metrics.json").read_text())
+    weights, records = Net.from_pretrained(run / "model.pt").state_dict(), training_of(run)
+    record = records[-1]
     done, config = len(record["history"]["epoch"]), record["config"]
     if done < config["epochs"] or record["data"] != "cifar10" or config["holdout"]:
         raise ValueError(f"{run}: {done} of {config['epochs']} epochs on {record['data']}, holdout {config['holdout']}")
@@ -79,9 +79,21 @@ def ship(run: Path) -> None:
     if not all(value.isfinite().all() for value in state.values()):
         raise OverflowError(f"{run}: half precision does not hold all weights")
     torch.save(state, WEIGHTS)
-    shutil.copyfile(run / "metrics.json", FOLDER / "metrics.json")
+    (FOLDER / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
     digest, model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(), REPOSITORY / "model.py"
     model.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', model.read_text()))
+
+
+def training_of(run: Path) -> list[dict]:
+    """The metrics.json of a run, after those of the runs from whose weights it started."""
+    record = json.loads((run / "metrics.json").read_text())
+    if not record["config"]["weights"]:
+        return [record]
+    start = run.parents[1] / record["config"]["weights"]  # the path is as seen from where runs/ lies
+    if start.resolve() != WEIGHTS.resolve():
+        return [*training_of(start.parent), record]
+    earlier = json.loads((FOLDER / "runs.json").read_text())
+    return [*[other for other in earlier if other != record], record]  # it is there already if it ships again
 
 
 def log_probs_of(model: nn.Module, dataset: CIFAR10) -> torch.Tensor:
