@@ -38,7 +38,7 @@ class Config:
     data_dir: str | None = setting(None, "where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at")
     name: str | None = setting(None, "results go to runs/NAME, which must be new (default: data, seed and time)")
     weights: str | None = setting(
-        None, "start from the weights in this file, such as runs/NAME/model.pt, not from new ones"
+        None, "begin the run with the weights of a Net in this file, such as runs/NAME/model.pt"
     )
     epochs: int = setting(20, "passes over the training set; the learning rate falls linearly to 0 over all of them")
     batch_size: int = setting(500, "images per step")
@@ -47,7 +47,9 @@ class Config:
     augment: tuple[str, ...] = setting(DEFAULT_AUGMENT, "augmentations, in any number", AUGMENTATIONS)
     cutmix: float = setting(0.0, "share of the batches in which images, and labels, get a part of another (CutMix)")
     holdout: int = setting(0, "test on this many training images, kept out of training, instead of the test set")
-    seed: int = setting(0, "seed of the initial weights, of the order of the images and of their augmentation")
+    seed: int = setting(
+        0, "seed of the initial weights, of the order of the images, of their augmentation and of CutMix"
+    )
     workers: int = setting(1, "processes that prepare the images; the result is the same for any number")
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting(

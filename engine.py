@@ -59,7 +59,8 @@ def train_one_epoch(
 
     Returns:
         Mean loss (negative log-likelihood in nats, without smoothing, as `evaluate` gives it) and accuracy in percent,
-        over the images as they were met in training: augmented, and with the weights of that moment.
+        over the images as they were met in training: augmented, and with the weights of that moment. Of mixed images,
+        the loss is to all shares, and the class with the largest is the right answer.
 
     Raises:
         NonFiniteLossError: The loss is infinite or NaN.

@@ -33,7 +33,8 @@ class Run:
     """What is saved of a run, and where: runs/<name>/, new or, with `config.resume`, taken up where it was left.
 
     Saved together: last.pt (weights, optimizer, schedule, place in the epoch, history, settings, random states), and
-    after every epoch metrics.json (history, settings, versions, hardware, times), curves.png and model.pt.
+    after every epoch metrics.json (history, settings, versions, hardware, times, and the same of the runs before if it
+    began with weights of theirs), curves.png and model.pt.
 
     Raises:
         SettingError: The folder holds a run already, cannot be written, or has other settings than `config`.
@@ -52,6 +53,7 @@ class Run:
             "data": config.data,
             "network": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
+            "before": _training_of(config.weights) if config.weights else [],
             "history": {},
             "config": dataclasses.asdict(config),
             "runtime": str(runtime),
@@ -197,7 +199,7 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            if distributed.rank() == 0:  # the others would all have the dropout of this one
+            if distributed.rank() == 0:  # the others would all draw as this one does
                 torch.set_rng_state(state["random"])
                 if torch.cuda.is_available() and state["cuda_random"] is not None:
                     torch.cuda.set_rng_state(state["cuda_random"])
@@ -218,7 +220,7 @@ class Run:
                 f"a run of {self.config.epochs} from the beginning"
             )
         self.meter = Meter(**{**meter, "sums": meter["sums"].to(self.meter.sums.device)})
-        self.result |= {"history": result["history"], "wall_seconds": result["wall_seconds"]}
+        self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
 
 
 def after_restart(config: Config) -> Config:
@@ -249,6 +251,18 @@ def unused_folder(config: Config) -> Path:
             f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), or choose another"
         )
     return folder
+
+
+def _training_of(weights: str) -> list[dict[str, Any]]:
+    """The records of the runs that these weights went through, the first one first, from the metrics.json beside them.
+
+    Empty if there is none, as for weights that come from elsewhere.
+    """
+    try:
+        record = json.loads(Path(weights).with_name("metrics.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [*record.pop("before", []), record]
 
 
 def _versions() -> dict[str, str]:

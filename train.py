@@ -62,7 +62,8 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
     Args:
         config: All settings.
         model: Any network from (N, 3, 32, 32) to (N, 10). Its weights are where training starts; pass `Net()` made
-            after `torch.manual_seed(config.seed)` to start where the default starts.
+            after `torch.manual_seed(config.seed)` to start where the default starts. Not together with
+            `config.weights`, which says the same for a `Net`.
         progress: Whether to show bars; by default on a terminal and in a notebook.
 
     Returns:
@@ -94,10 +95,12 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
     if config.weights and not config.resume:
         if model is not None:
             raise SettingError("weights and a model of your own both say where training starts; give one of them")
-        model = Net.from_pretrained(config.weights)
+        model = distributed.broadcast_from_rank_0(lambda: Net.from_pretrained(config.weights))
     model = Net() if model is None else model
     if distributed.rank():
-        torch.manual_seed(config.seed + distributed.rank())  # else the dropout of all processes would be the same
+        torch.manual_seed(
+            config.seed + distributed.rank()
+        )  # else the dropout and CutMix of all processes would be the same
     if config.data == "cifar10":
         distributed.once_per_machine(lambda: prepare(config.data_dir))
     keep_freed_memory()

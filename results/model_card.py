@@ -9,7 +9,7 @@ from config import FREE
 
 
 def weights() -> str:
-    measured, runs = saved("weights/card"), saved("weights/runs")
+    measured, runs = saved("weights/card"), training()
     return (
         f"The trained network, {runs[-1]['parameters']:,} parameters in {measured['bytes'] / 1e6:.1f} MB: "
         f"**{measured['accuracy']:.2f} %** of the CIFAR-10 test images right, plain, after the last of "
@@ -17,8 +17,14 @@ def weights() -> str:
     )
 
 
+def training() -> list[dict]:
+    """The records of the runs that the weights went through, the first one first."""
+    last = saved("weights/metrics")
+    return [*last["before"], last]
+
+
 def epochs_of(runs: list[dict]) -> int:
-    return sum(run["config"]["epochs"] for run in runs)
+    return sum(len(run["history"]["epoch"]) for run in runs)
 
 
 def seconds_of(runs: list[dict]) -> float:
@@ -32,8 +38,8 @@ def hardware_of(runs: list[dict]) -> str:
 
 def recipe() -> str:
     """The commands that trained the weights, and what it took."""
-    runs = saved("weights/runs")
-    shown = "\n".join(command for i in range(len(runs)) for command in commands(runs[: i + 1]))
+    runs = training()
+    shown = "\n".join(itertools.chain.from_iterable(map(commands, runs, [None, *runs[:-1]])))
     took = [
         f"`{run['config']['name']}` took {minutes(run['history']['seconds'][-1])} minutes of training on "
         f"{run['hardware']} ({run['runtime']}), torch {run['versions']['torch']}, and in its last epoch got "
@@ -43,13 +49,13 @@ def recipe() -> str:
     return f"```bash\n{shown}\n```\n\n{'; '.join(took)}."
 
 
-def commands(runs: list[dict]) -> list[str]:
-    """What trains the last of these runs, of which each started from the weights of the one before."""
-    config, history = runs[-1]["config"], runs[-1]["history"]
-    first, *longer = sittings(config["lr"], history["lr"])
+def commands(run: dict, before: dict | None = None) -> list[str]:
+    """What trains as this run did, which began with the weights of the one `before`."""
+    config = run["config"]
+    first, *longer = sittings(config["lr"], run["history"]["lr"])
     shown = {**config, "epochs": first}
-    if len(runs) > 1:
-        shown["weights"] = f"runs/{runs[-2]['config']['name']}/model.pt"
+    if before:
+        shown["weights"] = f"runs/{before['config']['name']}/model.pt"
     command = f"python train.py --name {config['name']}"
     for field, value in shown.items():
         if field not in FREE and value != DEFAULT[field]:

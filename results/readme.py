@@ -48,7 +48,7 @@ def last_accuracies(runs: list[dict]) -> list[float]:
 
 def summary(runs: list[dict]) -> str:
     first, epochs = runs[0]["history"], runs[0]["config"]["epochs"]
-    measured, long = saved("weights/card"), saved("weights/runs")
+    measured, long = saved("weights/card"), model_card.training()
     return (
         "A notebook and a set of short modules that train a "
         f"{runs[0]['parameters']:,}-parameter network on CIFAR-10 to "
@@ -77,7 +77,7 @@ PUBLISHED = (
 
 def table(runs: list[dict]) -> str:
     """`Net` beside the original."""
-    first, measured, long = runs[0], saved("weights/card"), saved("weights/runs")
+    first, measured, long = runs[0], saved("weights/card"), model_card.training()
     accuracies = last_accuracies(runs)
     each = ": " + ", ".join(f"{accuracy:.2f}" for accuracy in accuracies) if len(runs) > 1 else ""
     size, work = f"{first['parameters']:,}", f"{multiply_adds(Net()) / 1e6:.0f} million"
@@ -103,13 +103,13 @@ def table(runs: list[dict]) -> str:
     return (
         f"{markdown(head, *rows)}\n\nMinutes of training without a GPU: of `make run` on {first['hardware']}; of the "
         f"network as it ships on {model_card.hardware_of(long)}; of the original, from the time of a training step of "
-        f"the same layers, on {saved('benchmarks/time_to_accuracy')['hardware']}. n is the number of runs."
+        f"the same layers, on {saved('benchmarks/time_to_accuracy')['hardware']}. n is the number of trainings."
     )
 
 
 def peers() -> str:
     """`Net` as it ships beside published networks of about its size."""
-    measured, long = saved("weights/card"), saved("weights/runs")
+    measured, long = saved("weights/card"), model_card.training()
     work = [f"{multiply_adds(net) / 1e6:.0f} million" for net in (Net(), airbench94_muon_network())]
     rows = [
         (

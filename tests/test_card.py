@@ -25,10 +25,10 @@ def card(monkeypatch, tmp_path):
     return card
 
 
-def record(epochs: int, data: str = "cifar10", holdout: int = 0, weights: str | None = None) -> dict:
+def record(data: str = "cifar10", before: tuple[dict, ...] = (), **settings) -> dict:
     """What is read of the metrics.json of a run of two epochs, of the given settings."""
-    config = {"epochs": epochs, "holdout": holdout, "weights": weights}
-    return {"data": data, "history": {"epoch": [1, 2]}, "config": config}
+    config = {"epochs": 2, "holdout": 0, "weights": None, "name": None, **settings}
+    return {"data": data, "before": list(before), "history": {"epoch": [1, 2]}, "config": config}
 
 
 def save_run(folder: Path, state: dict, **settings) -> None:
@@ -60,7 +60,7 @@ def test_brightness_and_noise_are_as_strong_as_they_say(card):
 
 def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_path):
     run, net = tmp_path / "runs/a", Net()
-    save_run(run, net.state_dict(), epochs=2)
+    save_run(run, net.state_dict())
     (tmp_path / "model.py").write_text('A = 1\nWEIGHTS_SHA256 = ""\n')
     card.ship(run)
     shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
@@ -68,7 +68,7 @@ def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_pat
         torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-3, atol=1e-6)
     digest = card.hashlib.sha256((tmp_path / "cifar10.pt").read_bytes()).hexdigest()
     assert (tmp_path / "model.py").read_text() == f'A = 1\nWEIGHTS_SHA256 = "{digest}"\n'
-    assert json.loads((tmp_path / "runs.json").read_text()) == [record(epochs=2)]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == record(name="a")
 
     test_set = CIFAR10(train=False)
     result = card.measure(shipped, test_set)
@@ -81,30 +81,27 @@ def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_pat
     assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "corruptions.png"}
 
 
-@pytest.mark.parametrize("start", ["runs/a/model.pt", "cifar10.pt"])
-def test_the_record_of_the_weights_holds_the_runs_that_they_went_through(card, tmp_path, start):
-    (tmp_path / "model.py").write_text('WEIGHTS_SHA256 = ""\n')
-    save_run(tmp_path / "runs/a", Net().state_dict(), epochs=2)
-    card.ship(tmp_path / "runs/a")
-    save_run(tmp_path / "runs/b", Net().state_dict(), epochs=2, weights=start)
-    for _ in range(2):  # to ship it again changes nothing
-        card.ship(tmp_path / "runs/b")
-        runs = json.loads((tmp_path / "runs.json").read_text())
-        assert runs == [record(epochs=2), record(epochs=2, weights=start)]
-
-
 def test_weights_too_large_for_half_precision_do_not_ship(card, tmp_path):
     state = Net().state_dict()
     state["fc.weight"][0, 0] = 1e6
-    save_run(tmp_path, state, epochs=2)
+    save_run(tmp_path, state)
     with pytest.raises(OverflowError, match="half precision"):
         card.ship(tmp_path)
     assert not (tmp_path / "cifar10.pt").exists()
 
 
-@pytest.mark.parametrize("run", [{"epochs": 3}, {"epochs": 2, "data": "synthetic"}, {"epochs": 2, "holdout": 5000}])
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"epochs": 3},
+        {"data": "synthetic"},
+        {"holdout": 5000},
+        {"weights": "mine.pt"},
+        {"weights": "runs/a/model.pt", "before": [record(), record(data="synthetic")]},
+    ],
+)
 def test_unfinished_runs_and_those_on_other_images_do_not_ship(card, tmp_path, run):
     save_run(tmp_path, Net().state_dict(), **run)
-    with pytest.raises(ValueError, match=r"of 3 epochs|synthetic|holdout 5000"):
+    with pytest.raises(ValueError, match=r"of 3 epochs|synthetic|holdout 5000|began with (mine|runs/a/model).pt"):
         card.ship(tmp_path)
     assert not (tmp_path / "cifar10.pt").exists()

@@ -57,8 +57,8 @@ def test_the_commands_of_a_training_in_two_runs_start_the_second_from_the_first(
         return {"config": config, "history": {"lr": [lr, lr / 2]}}
 
     first, second = run("a", 0.12, seed=3), run("b", 0.06, weights="weights/cifar10.pt", augment=("crop", "flip"))
-    assert readme.model_card.commands([first]) == ["python train.py --name a --epochs 2 --seed 3"]
-    (command,) = readme.model_card.commands([first, second])
+    assert readme.model_card.commands(first) == ["python train.py --name a --epochs 2 --seed 3"]
+    (command,) = readme.model_card.commands(second, first)
     assert command == "python train.py --name b --weights runs/a/model.pt --epochs 2 --lr 0.06 --augment crop flip"
 
 

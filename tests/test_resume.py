@@ -50,11 +50,19 @@ def test_a_run_stopped_many_times_goes_on_bit_for_bit(uninterrupted):
     assert torch.equal(weights(model), uninterrupted[0])
 
 
-def test_a_run_goes_on_without_the_weights_from_which_it_started():
+def test_a_run_knows_the_runs_before_it_and_goes_on_without_their_weights():
+    def record(name: str) -> tuple[list, dict]:
+        result = json.loads(Path("runs", name, "metrics.json").read_text())
+        return result.pop("before"), result
+
     torch.save(Net().state_dict(), "start.pt")
-    fit(quick(weights="start.pt", epochs=1))
-    Path("start.pt").unlink()
+    for name, start in (("a", "start.pt"), ("b", "runs/a/model.pt"), ("quick", "runs/b/model.pt")):
+        fit(quick(weights=start, epochs=1, name=name))
+    (before_a, a), (before_b, b) = record("a"), record("b")
+    assert (before_a, before_b) == ([], [a])
+    Path("runs/b/model.pt").unlink()
     assert fit(resumed("runs/quick", epochs=2))["epoch"] == [1, 2]
+    assert record("quick")[0] == [a, b]
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):

@@ -129,7 +129,7 @@ def test_the_weights_that_ship_are_plain_tensors_under_10_mb_and_those_of_the_ca
     assert all(type(value) is torch.Tensor for value in state.values())
     card = json.loads((REPOSITORY / "weights/card.json").read_text())
     assert card["sha256"] == model.WEIGHTS_SHA256
-    run = json.loads((REPOSITORY / "weights/runs.json").read_text())[-1]
+    run = json.loads((REPOSITORY / "weights/metrics.json").read_text())
     assert abs(card["accuracy"] - run["history"]["test_accuracy"][-1]) < 0.15  # fp32 against the precision of the run
     assert (run["data"], run["config"]["holdout"]) == ("cifar10", 0)
     assert card["mean_confidence"] < card["accuracy"], "weights/README.md says that the probabilities are too modest"

@@ -63,37 +63,27 @@ CORRUPTIONS = {
 
 
 def ship(run: Path) -> None:
-    """Makes the weights of a finished run those that ship, in half precision, and records their sha256 in model.py.
+    """Makes the weights of a finished run those that ship, in half precision, with its record, and their sha256 known.
 
     Raises:
         WeightsError: They are no weights of a `Net`.
         ValueError: The run is not finished, or did not train on all of CIFAR-10's training images and nothing else.
         OverflowError: Half precision does not hold them.
     """
-    weights, records = Net.from_pretrained(run / "model.pt").state_dict(), training_of(run)
-    record = records[-1]
+    weights, record = Net.from_pretrained(run / "model.pt").state_dict(), json.loads((run / "metrics.json").read_text())
     done, config = len(record["history"]["epoch"]), record["config"]
     if done < config["epochs"] or record["data"] != "cifar10" or config["holdout"]:
         raise ValueError(f"{run}: {done} of {config['epochs']} epochs on {record['data']}, holdout {config['holdout']}")
+    if (config["weights"] and not record["before"]) or any(other["data"] != "cifar10" for other in record["before"]):
+        raise ValueError(f"{run}: it began with {config['weights']}, trained on other images or nobody knows on which")
+    config["name"] = run.resolve().name  # the default name is not in the settings
     state = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise OverflowError(f"{run}: half precision does not hold all weights")
     torch.save(state, WEIGHTS)
-    (FOLDER / "runs.json").write_text(json.dumps(records, indent=1) + "\n")
+    (FOLDER / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
     digest, model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(), REPOSITORY / "model.py"
     model.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', model.read_text()))
-
-
-def training_of(run: Path) -> list[dict]:
-    """The metrics.json of a run, after those of the runs from whose weights it started."""
-    record = json.loads((run / "metrics.json").read_text())
-    if not record["config"]["weights"]:
-        return [record]
-    start = run.parents[1] / record["config"]["weights"]  # the path is as seen from where runs/ lies
-    if start.resolve() != WEIGHTS.resolve():
-        return [*training_of(start.parent), record]
-    earlier = json.loads((FOLDER / "runs.json").read_text())
-    return [*[other for other in earlier if other != record], record]  # it is there already if it ships again
 
 
 def log_probs_of(model: nn.Module, dataset: CIFAR10) -> torch.Tensor:
