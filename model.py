@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WEIGHTS = Path(__file__).with_name("weights") / "cifar10.pt"  # see weights/README.md
-WEIGHTS_SHA256 = "56fd038c89c107675c81c3b46f20803b458012be9363eb086be0c9bc401758f0"
+WEIGHTS_SHA256 = "dd0049bc50d0d5a8165fd83c575b50b6836a3f8349f86c6c754a2a93aaf14eeb"
 
 
 class WeightsError(RuntimeError):
