@@ -40,13 +40,17 @@ def recipe() -> str:
     """The commands that trained the weights, and what it took."""
     runs = training()
     shown = "\n".join(itertools.chain.from_iterable(map(commands, runs, [None, *runs[:-1]])))
-    took = [
-        f"`{run['config']['name']}` took {minutes(run['history']['seconds'][-1])} minutes of training on "
-        f"{run['hardware']} ({run['runtime']}), torch {run['versions']['torch']}, and in its last epoch got "
-        f"{run['history']['train_accuracy'][-1]:.2f} % of the training images right, as they were augmented"
+    rows = [
+        (
+            f"`{run['config']['name']}`",
+            *(f"{len(run['history']['epoch'])}", minutes(run["history"]["seconds"][-1])),
+            *(f"{run['history'][column][-1]:.2f} %" for column in ("train_accuracy", "test_accuracy")),
+            f"{run['hardware']}; {run['runtime']}; torch {run['versions']['torch']}",
+        )
         for run in runs
     ]
-    return f"```bash\n{shown}\n```\n\n{'; '.join(took)}."
+    head = "run", "epochs", "minutes of training", "right of the training images, as augmented", "of the test images"
+    return f"```bash\n{shown}\n```\n\n{markdown((*head, 'on'), *rows)}"
 
 
 def commands(run: dict, before: dict | None = None) -> list[str]:
