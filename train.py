@@ -98,9 +98,8 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
         model = distributed.broadcast_from_rank_0(lambda: Net.from_pretrained(config.weights))
     model = Net() if model is None else model
     if distributed.rank():
-        torch.manual_seed(
-            config.seed + distributed.rank()
-        )  # else the dropout and CutMix of all processes would be the same
+        # Else the dropout and CutMix of all processes would be the same.
+        torch.manual_seed(config.seed + distributed.rank())
     if config.data == "cifar10":
         distributed.once_per_machine(lambda: prepare(config.data_dir))
     keep_freed_memory()

@@ -63,7 +63,9 @@ CORRUPTIONS = {
 
 
 def ship(run: Path) -> None:
-    """Makes the weights of a finished run those that ship, in half precision, with its record, and their sha256 known.
+    """Makes the weights of a finished run those that ship, in half precision, and puts their sha256 into model.py.
+
+    The record of the run goes beside them, under the name that its folder has.
 
     Raises:
         WeightsError: They are no weights of a `Net`.
