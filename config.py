@@ -46,6 +46,9 @@ class Config:
     label_smoothing: float = setting(0.2, "share of the target spread over all classes")
     augment: tuple[str, ...] = setting(DEFAULT_AUGMENT, "augmentations, in any number", AUGMENTATIONS)
     cutmix: float = setting(0.0, "share of the batches in which images, and labels, get a part of another (CutMix)")
+    skip: float = setting(
+        0.0, "share of the images, easy ones, left out of each epoch but the first and the last; for short runs"
+    )
     holdout: int = setting(0, "test on this many training images, kept out of training, instead of the test set")
     seed: int = setting(
         0, "seed of the initial weights, of the order of the images, of their augmentation and of CutMix"
@@ -67,6 +70,7 @@ class Config:
             "lr": (0, 10),
             "label_smoothing": (0, 0.99),
             "cutmix": (0, 1),
+            "skip": (0, 0.6),
             "holdout": (0, 40_000),
             "seed": (0, 2**32 - 1),
             "workers": (0, 64),

@@ -86,6 +86,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def interleave_over_ranks(part: Tensor, count: int) -> Tensor:
+    """Numbers (count,) of which each rank has every `world_size()`-th, beginning with its own."""
+    if world_size() == 1:
+        return part
+    whole = part.new_zeros(count)
+    whole[rank() :: world_size()] = part
+    return sum_over_ranks(whole)
+
+
 def max_over_ranks(number: int) -> int:
     """The largest of the numbers of all ranks."""
     if world_size() == 1:

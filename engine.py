@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import distributed
@@ -23,12 +23,16 @@ from errors import NonFiniteLossError
 
 @dataclasses.dataclass
 class Meter:
-    """What an epoch has come to so far: batches and images met, seconds of training, and sums over the images."""
+    """What an epoch has come to so far: batches and images met, seconds of training, and sums over the images.
+
+    Where `losses` is a list, it gets that of every image, a tensor (B,) for each batch.
+    """
 
     sums: Tensor  # (2,): of the loss in nats, and of the right answers
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
+    losses: list[Tensor] | None = None
 
 
 def train_one_epoch(
@@ -70,7 +74,7 @@ def train_one_epoch(
     model.train()
     meter = Meter(torch.zeros(2, device=runtime.device)) if meter is None else meter
     before, started = meter.seconds, time.perf_counter()
-    with _bar(title, loader.dataset, meter.images, progress) as bar:
+    with _bar(title, loader, meter.images, progress) as bar:
         for images, labels in loader:
             images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
             if mix:
@@ -83,6 +87,9 @@ def train_one_epoch(
                 whole = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([count])]))
                 loss = loss * count * distributed.world_size() / whole[2]  # a mean over images, not over processes
                 sums, count = whole[:2], int(whole[2])
+            if meter.losses is not None:
+                losses = F.cross_entropy(scores.detach(), labels, reduction="none")
+                meter.losses.append(distributed.interleave_over_ranks(losses, count))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -162,7 +169,7 @@ def _sums(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(scores, labels, reduction="sum"), (scores.argmax(1) == right).sum()])
 
 
-def _bar(title: str, dataset: Dataset, initial: int, progress: bool | None) -> tqdm:
+def _bar(title: str, loader: DataLoader, initial: int, progress: bool | None) -> tqdm:
     if distributed.rank() > 0:
         disable = True
     elif progress is not None:
@@ -171,7 +178,7 @@ def _bar(title: str, dataset: Dataset, initial: int, progress: bool | None) -> t
         disable = "TQDM_DISABLE" in os.environ
     else:
         disable = None  # tqdm shows none where there is no terminal
-    total = len(dataset) if isinstance(dataset, Sized) else None
+    total = len(loader.sampler) * distributed.world_size() if isinstance(loader.sampler, Sized) else None
     return tqdm(
         total=total, initial=initial, desc=title, unit=" images", leave=False, disable=disable, dynamic_ncols=True
     )

@@ -20,6 +20,7 @@ import checkpoint
 import distributed
 from checkpoint import CheckpointError
 from config import FREE, Config, Runtime, SettingError, describe_hardware, settings_of
+from dataset import EpochSampler
 from engine import Meter
 from errors import NonFiniteLossError, UnsavedError
 from utils import plot_curves
@@ -32,7 +33,8 @@ FILES = ("last.pt", "metrics.json", "curves.png", "model.pt")
 class Run:
     """What is saved of a run, and where: runs/<name>/, new or, with `config.resume`, taken up where it was left.
 
-    Saved together: last.pt (weights, optimizer, schedule, place in the epoch, history, settings, random states), and
+    Saved together: last.pt (weights, optimizer, schedule, place in the epoch, losses where `skip` needs them, history,
+    settings, random states), and
     after every epoch metrics.json (history, settings, versions, hardware, times, and the same of the runs before if it
     began with weights of theirs), curves.png and model.pt.
 
@@ -42,11 +44,17 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, runtime: Runtime
+        self,
+        config: Config,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        sampler: EpochSampler,
+        runtime: Runtime,
     ) -> None:
         self.config, self.started, self.saved_at = config, time.perf_counter(), time.perf_counter()
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.meter = Meter(torch.zeros(2, device=runtime.device))
+        self.model, self.optimizer, self.scheduler, self.sampler = model, optimizer, scheduler, sampler
+        self.meter = self._empty_meter(runtime.device)
         self.lock: io.TextIOBase | None = None
         self.errors: dict[str, OSError] = {}  # why the last writing of a file failed
         self.result: dict[str, Any] = {
@@ -113,9 +121,12 @@ class Run:
         """Adds a row to the history and saves everything."""
         for column, value in row.items():
             self.history.setdefault(column, []).append(value)
-        self.meter = Meter(torch.zeros_like(self.meter.sums))
+        self.meter = self._empty_meter(self.meter.sums.device)
         self.save()
         self._write_results()
+
+    def _empty_meter(self, device: torch.device) -> Meter:
+        return Meter(torch.zeros(2, device=device), losses=[] if self.config.skip else None)
 
     def _write_results(self) -> None:
         if distributed.rank() > 0:
@@ -158,6 +169,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "losses": self.sampler.losses if self.config.skip else None,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -199,6 +211,8 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+            if state["losses"] is not None:
+                self.sampler.losses.copy_(state["losses"])
             if distributed.rank() == 0:  # the others would all draw as this one does
                 torch.set_rng_state(state["random"])
                 if torch.cuda.is_available() and state["cuda_random"] is not None:
@@ -219,8 +233,11 @@ class Run:
                 f"{self.config.epochs} epochs; those so far had the shorter schedule, so the end will not be that of "
                 f"a run of {self.config.epochs} from the beginning"
             )
-        self.meter = Meter(**{**meter, "sums": meter["sums"].to(self.meter.sums.device)})
+        device = self.meter.sums.device
+        losses = None if meter["losses"] is None else [part.to(device) for part in meter["losses"]]
+        self.meter = Meter(**{**meter, "sums": meter["sums"].to(device), "losses": losses})
         self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
+        self.sampler.epoch, self.sampler.start = self.epochs, self.meter.images
 
 
 def after_restart(config: Config) -> Config:

@@ -43,15 +43,16 @@ def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, 
     size, ranks = len(train_set), distributed.world_size()
     if config.batch_size > size:
         raise SettingError(f"batch_size must be at most the {size} training images, got {config.batch_size}")
-    if config.batch_size % ranks or 0 < size % config.batch_size < ranks:
+    shorter = size - int(config.skip * size)
+    if config.batch_size % ranks or any(0 < images % config.batch_size < ranks for images in (size, shorter)):
         raise SettingError(
             f"batch_size must be a multiple of the {ranks} processes and leave none of them without images in the last "
-            f"batch of the {size}, got {config.batch_size}"
+            f"batch of the {size}{f' or {shorter}' if shorter < size else ''}, got {config.batch_size}"
         )
     options: dict[str, Any] = {"batch_size": config.batch_size, "pin_memory": pin_memory}
     options |= {"rank": distributed.rank(), "ranks": ranks}
     return (
-        make_loader(train_set, train=True, workers=config.workers, **options),
+        make_loader(train_set, train=True, workers=config.workers, skip=config.skip, epochs=config.epochs, **options),
         make_loader(test_set, train=False, **options),
     )
 
@@ -108,11 +109,10 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
         model.to(memory_format=torch.channels_last)
     train_loader, test_loader = make_loaders(config, pin_memory=runtime.device.type == "cuda")
     optimizer = recipe_optimizer(model, config.lr)
-    steps = config.epochs * len(train_loader)
-    scheduler = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    run = Run(config, model, optimizer, scheduler, runtime)
     sampler = cast(EpochSampler, train_loader.sampler)
-    sampler.epoch, sampler.start = run.epochs, run.meter.images
+    steps = sum(math.ceil(sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs))
+    scheduler = LambdaLR(optimizer, lambda step: max(0, 1 - step / steps))  # more steps if `skip` found other epochs
+    run = Run(config, model, optimizer, scheduler, sampler, runtime)
 
     ranks = distributed.world_size()
     run.say(
@@ -145,6 +145,7 @@ def _run_epochs(
 ) -> None:
     """The epochs that `run` still lacks."""
     config = run.config
+    sampler = cast(EpochSampler, train_loader.sampler)
     mix = v2.RandomApply([v2.CutMix(num_classes=len(CLASSES))], config.cutmix) if config.cutmix else None
 
     def after_step() -> None:
@@ -157,6 +158,7 @@ def _run_epochs(
 
     for epoch in range(run.epochs + 1, config.epochs + 1):
         title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
+        rate = config.lr * run.scheduler.lr_lambdas[0](run.scheduler.last_epoch - run.meter.steps)
         train_loss, train_accuracy = train_one_epoch(
             network,
             train_loader,
@@ -170,6 +172,8 @@ def _run_epochs(
             meter=run.meter,
             after_step=after_step,
         )
+        if run.meter.losses is not None:
+            sampler.note(epoch - 1, torch.cat(run.meter.losses))
         test_loss, test_accuracy = evaluate(run.model, test_loader, runtime=runtime)
         if not math.isfinite(test_loss):
             raise NonFiniteLossError(f"{title}: the weights became infinite or NaN. Try a lower lr, or precision fp32.")
@@ -179,7 +183,7 @@ def _run_epochs(
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "lr": config.lr * (1 - (epoch - 1) / config.epochs),
+            "lr": rate,
             "seconds": round(run.history.get("seconds", [0.0])[-1] + run.meter.seconds, 2),
             "data": config.data,
             "tested_on": "held-out" if config.holdout else "test",

@@ -104,6 +104,35 @@ def test_every_epoch_has_every_image_once_in_another_order():
     assert list(sampler) == first
 
 
+def test_skipping_leaves_out_easy_images_between_the_first_epoch_and_the_last():
+    def indices(epoch: int) -> list[int]:
+        sampler.epoch = epoch
+        length = len(sampler)
+        images = [index for _, index in sampler]
+        assert length == len(images) == sampler.count(epoch)
+        return images
+
+    sampler = EpochSampler(TRAIN_COUNT, skip=0.4, epochs=4)
+    losses = torch.rand(TRAIN_COUNT, generator=torch.Generator().manual_seed(0))
+    sampler.note(0, losses[sampler.order(0)])
+    assert torch.equal(sampler.losses, losses)
+    hard = set(losses.argsort()[2 * TRAIN_COUNT // 3 :].tolist())
+    first, second, third, last = map(indices, range(4))
+    assert sorted(first) == sorted(last) == list(range(TRAIN_COUNT))
+    for epoch in (second, third):
+        assert len(epoch) == len(set(epoch)) == 0.6 * TRAIN_COUNT
+        assert set(epoch) > hard
+    assert set(second) != set(third)  # other easy ones each time
+    assert indices(1) == second
+    sampler.note(1, -losses[second])  # now the images of this epoch are known, the hard ones best
+    third = set(indices(2))
+    assert len(third - set(second)) > len(set(second) & third)
+    assert not third > hard
+    plain = EpochSampler(TRAIN_COUNT)
+    plain.epoch = 1
+    assert second == [index for _, index in plain if index in set(second)]  # the same order, but for the gaps
+
+
 def test_the_loader_leaves_no_image_out_and_keeps_the_order_of_the_test_set():
     loader = make_loader(CIFAR10(train=False), batch_size=64, train=False)
     images, labels = epoch_of(loader)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
 import distributed
@@ -15,7 +16,9 @@ from runs import after_restart
 from train import make_loaders
 
 # Of 200 images 149 are trained on: three batches of 48, one of 5. Neither 5 nor 51 can be halved.
-FLAGS = ["--epochs", "2", "--batch-size", "48", "--holdout", "51", "--workers", "0", "--precision", "fp32"]
+# Skipping half of them leaves 75: one batch of 48, one of 27.
+FLAGS = ["--epochs", "3", "--batch-size", "48", "--holdout", "51", "--workers", "0", "--precision", "fp32"]
+FLAGS += ["--skip", "0.5"]
 
 # Without a bias before BatchNorm: its gradient is rounding alone, and Adam would make steps of it.
 SMALL_NETWORK = """
@@ -59,7 +62,7 @@ def test_two_processes_learn_what_one_learns_though_one_is_killed_and_started_an
     assert two.returncode == 0, two.stderr
     assert "another process of this run died" in two.stderr
     assert "going on after 1 epochs" in two.stdout
-    assert two.stdout.count("epoch 2/2: train") == 1  # only one of them speaks
+    assert two.stdout.count("epoch 3/3: train") == 1  # only one of them speaks
     assert "2 processes" in two.stdout
     for column, values in history_of("one").items():
         if column.endswith("_loss"):
@@ -130,7 +133,8 @@ def test_batchnorm_sees_the_whole_batch(tmp_path):
 
 
 def test_together_the_processes_meet_every_image_once_and_in_the_same_batches():
-    samplers = [EpochSampler(262, seed=1), *(EpochSampler(262, seed=1, rank=rank, ranks=3) for rank in range(3))]
+    places = [{}, *({"rank": rank, "ranks": 3} for rank in range(3))]
+    samplers = [EpochSampler(262, seed=1, **place) for place in places]
     for sampler in samplers:
         sampler.start = 60  # as after an interruption
     whole, *parts = map(list, samplers)
@@ -140,12 +144,30 @@ def test_together_the_processes_meet_every_image_once_and_in_the_same_batches():
         assert sorted(batch) == sorted(whole[start : start + 30])
 
 
+def test_losses_of_the_processes_stand_in_the_order_of_the_batch(monkeypatch):
+    whole = torch.arange(7.0)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor: tensor)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.interleave_over_ranks(whole[rank::3], 7))
+    assert torch.equal(sum(shares), whole)
+
+
 @pytest.mark.parametrize("batch_size", [25, 66, 199])  # odd; 2 images too many for three; 1 for two
 def test_what_the_processes_cannot_share_is_refused(batch_size, monkeypatch):
     ranks = 3 if batch_size == 66 else 2
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     with pytest.raises(SettingError, match=f"batch_size must be a multiple of the {ranks} processes"):
         make_loaders(Config(batch_size=batch_size))
+
+
+def test_neither_can_they_share_one_image_that_skipping_leaves(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    make_loaders(Config(batch_size=50))
+    with pytest.raises(SettingError, match="leave none of them without images in the last batch of the 200 or 101"):
+        make_loaders(Config(batch_size=50, skip=0.495))
 
 
 def test_a_restart_goes_on_with_the_run_of_its_own_launch_only(monkeypatch):

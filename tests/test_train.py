@@ -118,6 +118,28 @@ def test_cutmix_cuts_in_the_share_of_the_batches_that_it_says(monkeypatch):
     assert 30 < sum(cut) < 70
 
 
+def test_skipping_goes_by_the_loss_of_every_image_when_it_was_last_met(monkeypatch):
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            met.append(len(x)) if self.training else None
+            return self.linear(x.mean((2, 3)))
+
+    met, loaders = [], []
+    monkeypatch.setattr(train, "make_loaders", lambda *a, **k: loaders.append(make_loaders(*a, **k)) or loaders[0])
+    config = quick(epochs=3, batch_size=64, augment=(), skip=0.5, lr=0)
+    history = fit(config, model := Counting())
+    assert met == [64, 64, 64, 8, 64, 36, 64, 64, 64, 8]
+    train_set = loaders[0][0].dataset
+    log_probs, labels = predict(model, DataLoader(train_set, 50), runtime=choose_runtime("cpu", "fp32"))
+    expected = F.nll_loss(log_probs, labels, reduction="none")
+    torch.testing.assert_close(loaders[0][0].sampler.losses, expected)
+    assert history["train_loss"][1] > history["train_loss"][0] == pytest.approx(expected.mean().item())
+
+
 def test_training_starts_from_the_weights_of_a_run():
     torch.manual_seed(1)
     start = Net()
