@@ -15,7 +15,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import CheckpointError
-from transforms import AUGMENTATIONS, DEFAULT_AUGMENT
+from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, PADDING
 
 # Settings that do not change what a run computes, so that a resumed run may have others.
 FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")
@@ -45,6 +45,7 @@ class Config:
     lr: float = setting(0.12, "learning rate of the filters at the start; the other rates are in proportion to it")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes")
     augment: tuple[str, ...] = setting(DEFAULT_AUGMENT, "augmentations, in any number", AUGMENTATIONS)
+    padding: int = setting(PADDING, "pixels by which the augmentation crop moves an image at most")
     cutmix: float = setting(0.0, "share of the batches in which images, and labels, get a part of another (CutMix)")
     skip: float = setting(
         0.0, "share of the images, easy ones, left out of each epoch but the first and the last; for short runs"
@@ -69,6 +70,7 @@ class Config:
             "batch_size": (2, 50_000),
             "lr": (0, 10),
             "label_smoothing": (0, 0.99),
+            "padding": (0, 31),
             "cutmix": (0, 1),
             "skip": (0, 0.6),
             "holdout": (0, 40_000),

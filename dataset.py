@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from storage import draw_synthetic, load_cifar10
-from transforms import DRAWN_FOR, eval_transform, train_transform
+from transforms import DRAWN_FOR, PADDING, eval_transform, train_transform
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Of the classes in pictures, in their order; colour-blind safe (Petroff, "Accessible color sequences", 2021).
@@ -42,6 +42,7 @@ class CIFAR10(Dataset):
         data: "cifar10", or "synthetic" for the drawn stand-in (see `storage.draw_synthetic`).
         data_dir: Where CIFAR-10 is, see `storage.prepare`.
         seed: Of the augmentation, >= 0.
+        padding: By how many pixels the augmentation "crop" moves an image at most.
 
     Attributes:
         images: uint8 (N, 32, 32, 3), RGB 0-255. A tensor, which the workers share instead of copying.
@@ -61,10 +62,12 @@ class CIFAR10(Dataset):
         data: str = "cifar10",
         data_dir: str | Path | None = None,
         seed: int = 0,
+        padding: int = PADDING,
     ) -> None:
         if data not in ("cifar10", "synthetic"):
             raise ValueError(f"data must be 'cifar10' or 'synthetic', got {data!r}")
-        self.augment = train_transform(augment) if augment else None
+        self.padding = padding
+        self.augment = train_transform(augment, padding) if augment else None
         self.to_tensor = eval_transform()
         self.seed = seed
         self.classes = CLASSES if data == "cifar10" else tuple(f"synthetic {k}" for k in range(10))
@@ -98,7 +101,7 @@ class CIFAR10(Dataset):
         """
         part = object.__new__(CIFAR10)
         part.__dict__.update(self.__dict__)
-        part.augment = train_transform(augment) if augment else None
+        part.augment = train_transform(augment, self.padding) if augment else None
         part.images, part.labels, part._rows = self.images[indices], self.labels[indices], self._rows[indices]
         return part
 

@@ -3,11 +3,13 @@
 From a notebook: `history = fit(Config(epochs=4), model)`. From a terminal: `python train.py --epochs 4`.
 """
 
+import itertools
 import math
 import os
 import sys
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,7 +33,7 @@ __all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "train_one_ep
 def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, DataLoader]:
     """The training loader and the test loader (or that of the held-out training images) for these settings."""
     source: dict[str, Any] = {"data": config.data, "data_dir": config.data_dir, "seed": config.seed}
-    train_set = CIFAR10(train=True, augment=config.augment, **source)
+    train_set = CIFAR10(train=True, augment=config.augment, padding=config.padding, **source)
     if config.holdout:
         if config.holdout >= len(train_set):
             raise SettingError(f"holdout must be below the {len(train_set)} training images, got {config.holdout}")
@@ -110,8 +112,9 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
     train_loader, test_loader = make_loaders(config, pin_memory=runtime.device.type == "cuda")
     optimizer = recipe_optimizer(model, config.lr)
     sampler = cast(EpochSampler, train_loader.sampler)
-    steps = sum(math.ceil(sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs))
-    scheduler = LambdaLR(optimizer, lambda step: max(0, 1 - step / steps))  # more steps if `skip` found other epochs
+    lengths = (math.ceil(sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs))
+    ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
+    scheduler = LambdaLR(optimizer, lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / config.epochs)
     run = Run(config, model, optimizer, scheduler, sampler, runtime)
 
     ranks = distributed.world_size()
@@ -158,7 +161,6 @@ def _run_epochs(
 
     for epoch in range(run.epochs + 1, config.epochs + 1):
         title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
-        rate = config.lr * run.scheduler.lr_lambdas[0](run.scheduler.last_epoch - run.meter.steps)
         train_loss, train_accuracy = train_one_epoch(
             network,
             train_loader,
@@ -183,7 +185,7 @@ def _run_epochs(
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "lr": rate,
+            "lr": config.lr * (1 - (epoch - 1) / config.epochs),
             "seconds": round(run.history.get("seconds", [0.0])[-1] + run.meter.seconds, 2),
             "data": config.data,
             "tested_on": "held-out" if config.holdout else "test",

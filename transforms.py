@@ -18,7 +18,7 @@ from torch import Tensor
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
-PADDING = 4  # pixels on each side before the crop
+PADDING = 4  # pixels on each side before the crop, by default
 HOLE = 8  # pixels, the side of the square that cutout covers
 
 
@@ -52,14 +52,18 @@ class BatchTransform(A.ImageOnlyTransform):
 
 
 class Crop(BatchTransform):
-    """Pads by `PADDING` px, reflected, and crops to the size from before: moves the image by up to so much each way."""
+    """Pads by `padding` px, reflected, and crops to the size from before: moves the image by up to so much each way."""
 
     name, numbers = "crop", 2
 
+    def __init__(self, padding: int = PADDING, p: float = 1) -> None:
+        super().__init__(p)
+        self.padding = padding
+
     def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
-        height, width = images.shape[1:3]
-        padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), mode="reflect")
-        corners = (draws * (2 * PADDING + 1)).astype(int).tolist()
+        (height, width), sides = images.shape[1:3], (self.padding, self.padding)
+        padded = np.pad(images, ((0, 0), sides, sides, (0, 0)), mode="reflect")
+        corners = (draws * (2 * self.padding + 1)).astype(int).tolist()
         return np.stack([image[y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)])
 
 
@@ -155,18 +159,20 @@ DRAWN_FOR = tuple(transform.name for transform in TRANSFORMS for _ in range(tran
 DEFAULT_AUGMENT = ("crop", "flip", "cutout")
 
 
-def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT) -> A.Compose:
+def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, padding: int = PADDING) -> A.Compose:
     """The random part of the training transform, called with `images` and `draws`: see `BatchTransform`.
 
     Args:
         augment: At least one of "crop", "flip", "affine", "trivial" and "cutout"; they are applied in this order.
+        padding: By how many pixels "crop" moves an image at most, 0 to 31.
 
     Raises:
         ValueError: A name is not among these, or there is none.
     """
     if isinstance(augment, str) or not augment or not set(augment) <= set(AUGMENTATIONS):
         raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {augment!r}")
-    return A.Compose([transform() for transform in TRANSFORMS if transform.name in augment], strict=True)
+    chosen = [transform for transform in TRANSFORMS if transform.name in augment]
+    return A.Compose([Crop(padding) if transform is Crop else transform() for transform in chosen], strict=True)
 
 
 def eval_transform() -> A.Compose:
