@@ -34,9 +34,8 @@ class Run:
     """What is saved of a run, and where: runs/<name>/, new or, with `config.resume`, taken up where it was left.
 
     Saved together: last.pt (weights, optimizer, schedule, place in the epoch, losses where `skip` needs them, history,
-    settings, random states), and
-    after every epoch metrics.json (history, settings, versions, hardware, times, and the same of the runs before if it
-    began with weights of theirs), curves.png and model.pt.
+    settings, random states), and after every epoch metrics.json (history, settings, versions, hardware, times, and the
+    same of the runs before if it began with weights of theirs), curves.png and model.pt.
 
     Raises:
         SettingError: The folder holds a run already, cannot be written, or has other settings than `config`.

@@ -10,8 +10,10 @@ from conftest import TEST_COUNT, TRAIN_COUNT
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
+from config import Config
 from dataset import CIFAR10, CLASSES, EpochSampler, make_loader
 from storage import SYNTHETIC_COUNTS
+from train import make_loaders
 from transforms import AUGMENTATIONS, DRAWN_FOR, MEAN, STD, Trivial, denormalize, eval_transform, train_transform
 
 
@@ -184,14 +186,28 @@ def test_the_policy_changes_half_of_the_images_in_thirteen_ways():
         assert all(np.abs(outcome - other).mean() > 1 for other in [*outcomes[:i], pictures[:20]]), ways[i]
 
 
-def test_crops_and_holes_are_drawn_from_corner_to_corner():
+@pytest.mark.parametrize("padding", [0, 2, 4])
+def test_crops_are_drawn_from_corner_to_corner(padding):
     picture = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(1, 32, 32, 3).astype(np.uint8)
     almost = 1 - 2**-53
     draws = np.array([[0.0] * len(DRAWN_FOR), [almost] * len(DRAWN_FOR)])
-    first, last = train_transform(["crop"])(images=np.repeat(picture, 2, 0), draws=draws)["images"]
-    padded = np.pad(picture[0], ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    first, last = train_transform(["crop"], padding)(images=np.repeat(picture, 2, 0), draws=draws)["images"]
+    padded = np.pad(picture[0], ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
     np.testing.assert_array_equal(first, padded[:32, :32])
-    np.testing.assert_array_equal(last, padded[8:, 8:])
+    np.testing.assert_array_equal(last, padded[2 * padding :, 2 * padding :])
+
+
+def test_the_data_and_its_parts_crop_as_the_settings_say():
+    whole = make_loaders(Config(batch_size=50, augment="crop", padding=0))[0].dataset
+    part = make_loaders(Config(batch_size=50, augment="crop", padding=0, holdout=50))[0].dataset
+    for dataset in (whole, part):
+        assert torch.equal(dataset[0][0], dataset.subset([0])[0][0])  # not moved
+    moved = make_loaders(Config(batch_size=50, augment="crop", holdout=50))[0].dataset
+    assert any(not torch.equal(moved[i][0], part[i][0]) for i in range(5))
+
+
+def test_holes_are_drawn_from_corner_to_corner():
+    draws = np.array([[0.0] * len(DRAWN_FOR), [1 - 2**-53] * len(DRAWN_FOR)])
     first, last = train_transform(["cutout"])(images=np.zeros((2, 32, 32, 3), np.uint8), draws=draws)["images"]
     assert [first[:8, :8].all(), first.astype(bool).sum()] == [True, 8 * 8 * 3]
     assert [last[24:, 24:].all(), last.astype(bool).sum()] == [True, 8 * 8 * 3]

@@ -233,6 +233,8 @@ def test_a_run_says_what_it_was_tested_on(capsys):
         ("lr", float("nan")),
         ("label_smoothing", 1.0),
         ("cutmix", 1.1),
+        ("skip", 0.7),
+        ("padding", 32),
         ("weights", ""),
         ("data", "imagenet"),
         ("augment", ("blur",)),
