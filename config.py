@@ -40,7 +40,9 @@ class Config:
     weights: str | None = setting(
         None, "begin the run with the weights of a Net in this file, such as runs/NAME/model.pt"
     )
-    epochs: int = setting(20, "passes over the training set; the learning rate falls linearly to 0 over all of them")
+    epochs: int = setting(
+        20, "passes over the training set, with skip over a part of it; the learning rate falls linearly to 0 over all"
+    )
     batch_size: int = setting(500, "images per step")
     lr: float = setting(0.12, "learning rate of the filters at the start; the other rates are in proportion to it")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes")

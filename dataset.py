@@ -116,7 +116,7 @@ def _draws(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class EpochSampler(Sampler):
-    """Every index once per epoch, in an order that depends on (seed, epoch) alone, as pairs (epoch, index).
+    """Without `skip`, every index once per epoch, in an order of (seed, epoch) alone, as pairs (epoch, index).
 
     Each pass over it is the next epoch; set `epoch` to go to another, and `start` to leave out the first images of
     the next pass, because they were met before an interruption. Of several processes (`ranks`) each gets every
@@ -129,12 +129,18 @@ class EpochSampler(Sampler):
     2024; drawing among the easy ones: Qin et al., "InfoBatch", 2024, who give those that are kept more weight.)
 
     Attributes:
-        losses: float32 (size,), in nats, of every image when it was last met; see `note`.
+        losses: float32 (size,), in nats, of every image when it was last met. With `skip`, whoever trains gives them
+            to `note` after each epoch.
+
+    Raises:
+        ValueError: `skip` is out of range, or comes without `epochs`.
     """
 
     def __init__(
         self, size: int, seed: int = 0, rank: int = 0, ranks: int = 1, *, skip: float = 0.0, epochs: int = 0
     ) -> None:
+        if not 0 <= skip <= 0.6 or (skip and epochs < 1):
+            raise ValueError(f"skip must be from 0 to 0.6 and come with the number of epochs, got {skip}, {epochs}")
         self.size, self.seed, self.rank, self.ranks, self.skip, self.epochs = size, seed, rank, ranks, skip, epochs
         self.epoch = self.start = 0
         self.losses = torch.zeros(size)
@@ -178,10 +184,10 @@ def make_loader(
 ) -> DataLoader:
     """Batches (float32 (B, 3, 32, 32), int64 (B,)): shuffled anew each epoch if `train`, else in order.
 
-    The last batch is smaller where `batch_size` does not divide the dataset; no image is left out. The batches are
-    the same for any number of workers. These live as long as the loader, so that an epoch starts at once. Of several
-    processes (`ranks`, which must divide `batch_size`) each gets its share of every batch. For `skip` and `epochs` see
-    `EpochSampler`.
+    The last batch is smaller where `batch_size` does not divide the dataset; but for `skip`, which with `epochs` is as
+    in `EpochSampler`, no image is left out. The batches are the same for any number of workers. These live as long as
+    the loader, so that an epoch starts at once. Of several processes (`ranks`, which must divide `batch_size`) each
+    gets its share of every batch.
     """
     size = len(dataset)
     return DataLoader(

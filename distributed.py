@@ -87,7 +87,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def interleave_over_ranks(part: Tensor, count: int) -> Tensor:
-    """Numbers (count,) of which each rank has every `world_size()`-th, beginning with its own."""
+    """Puts together `count` numbers, of which rank r holds those at r, r + world_size(), ...; exact."""
     if world_size() == 1:
         return part
     whole = part.new_zeros(count)

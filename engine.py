@@ -25,7 +25,7 @@ from errors import NonFiniteLossError
 class Meter:
     """What an epoch has come to so far: batches and images met, seconds of training, and sums over the images.
 
-    Where `losses` is a list, it gets that of every image, a tensor (B,) for each batch.
+    If `losses` is a list, that of each image (of a mixed one, of the mix) is appended, a tensor (B,) per batch.
     """
 
     sums: Tensor  # (2,): of the loss in nats, and of the right answers

@@ -302,5 +302,10 @@ def _refuse_other_settings(config: Config, saved: dict[str, Any], folder: Path) 
             f"resume: {folder} was begun with other settings, with which it would not be the same run: "
             f"{'; '.join(other)}. Give the same, or begin a new run."
         )
+    if config.skip and config.epochs != saved["epochs"]:
+        raise SettingError(
+            f"epochs: a run with skip keeps its length, since which images an epoch has depends on it; "
+            f"the run in {folder} is one of {saved['epochs']}, got {config.epochs}. Begin a new one, with --weights."
+        )
     if config.epochs < saved["epochs"]:
         raise SettingError(f"epochs: the run in {folder} is one of {saved['epochs']}, got {config.epochs}")

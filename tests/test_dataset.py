@@ -135,6 +135,12 @@ def test_skipping_leaves_out_easy_images_between_the_first_epoch_and_the_last():
     assert second == [index for _, index in plain if index in set(second)]  # the same order, but for the gaps
 
 
+@pytest.mark.parametrize("options", [{"skip": 0.7, "epochs": 3}, {"skip": -0.1, "epochs": 3}, {"skip": 0.5}])
+def test_skipping_out_of_range_or_without_epochs_is_refused(options):
+    with pytest.raises(ValueError, match="skip must be from 0"):
+        EpochSampler(TRAIN_COUNT, **options)
+
+
 def test_the_loader_leaves_no_image_out_and_keeps_the_order_of_the_test_set():
     loader = make_loader(CIFAR10(train=False), batch_size=64, train=False)
     images, labels = epoch_of(loader)

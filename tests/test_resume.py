@@ -57,12 +57,18 @@ def test_a_run_knows_the_runs_before_it_and_goes_on_without_their_weights():
 
     torch.save(Net().state_dict(), "start.pt")
     for name, start in (("a", "start.pt"), ("b", "runs/a/model.pt"), ("quick", "runs/b/model.pt")):
-        fit(quick(weights=start, epochs=1, name=name))
+        fit(quick(weights=start, epochs=1, name=name, skip=0))
     (before_a, a), (before_b, b) = record("a"), record("b")
     assert (before_a, before_b) == ([], [a])
     Path("runs/b/model.pt").unlink()
     assert fit(resumed("runs/quick", epochs=2))["epoch"] == [1, 2]
     assert record("quick")[0] == [a, b]
+
+
+def test_a_run_that_skips_keeps_its_length():
+    fit(quick(epochs=2), small_network())
+    with pytest.raises(SettingError, match=r"epochs: a run with skip keeps its length.* one of 2, got 4"):
+        fit(quick(epochs=4, resume="runs/quick"), small_network())
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):
@@ -134,8 +140,8 @@ def test_a_run_that_goes_on_keeps_its_folder_and_the_weights_of_its_last_whole_e
 
 
 def test_more_epochs_follow_the_longer_schedule_and_fewer_are_refused(capsys):
-    fit(quick(epochs=2), small_network())
-    history = fit(quick(epochs=4, resume="runs/quick"), small_network())
+    fit(quick(epochs=2, skip=0), small_network())
+    history = fit(quick(epochs=4, skip=0, resume="runs/quick"), small_network())
     assert "epochs 2 -> 4" in capsys.readouterr().out
     assert history["epoch"] == [1, 2, 3, 4]
     assert history["lr"] == pytest.approx([0.12, 0.06, 0.06, 0.03])
