@@ -146,7 +146,7 @@ def test_more_epochs_follow_the_longer_schedule_and_fewer_are_refused(capsys):
     assert history["epoch"] == [1, 2, 3, 4]
     assert history["lr"] == pytest.approx([0.12, 0.06, 0.06, 0.03])
     with pytest.raises(SettingError, match="is one of 4, got 3"):
-        fit(quick(epochs=3, resume="runs/quick"), small_network())
+        fit(quick(epochs=3, skip=0, resume="runs/quick"), small_network())
 
 
 def test_a_finished_run_is_not_trained_on():

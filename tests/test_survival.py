@@ -147,19 +147,19 @@ def test_broken_weights_do_not_replace_good_ones():
     def poison(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output * float("nan")
 
-    fit(quick(epochs=2), model)
+    fit(quick(skip=0, epochs=2), model)
     model = small_network()
     model.register_forward_hook(poison)
     with pytest.raises(NonFiniteLossError):
-        fit(quick(epochs=4, resume="runs/quick", save_minutes=0), model)
+        fit(quick(skip=0, epochs=4, resume="runs/quick", save_minutes=0), model)
     state = checkpoint.load(Path("runs/quick/last.pt"))
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_what_a_killed_process_left_half_written_is_cleaned_up():
-    fit(quick(epochs=1), small_network())
+    fit(quick(skip=0, epochs=1), small_network())
     Path("runs/quick/.last.pt.new").write_bytes(b"half")
-    fit(quick(epochs=2, resume="runs/quick"), small_network())
+    fit(quick(skip=0, epochs=2, resume="runs/quick"), small_network())
     assert files_of("quick") == sorted(FILES)
 
 
