@@ -148,7 +148,6 @@ def _run_epochs(
 ) -> None:
     """The epochs that `run` still lacks."""
     config = run.config
-    sampler = cast(EpochSampler, train_loader.sampler)
     mix = v2.RandomApply([v2.CutMix(num_classes=len(CLASSES))], config.cutmix) if config.cutmix else None
 
     def after_step() -> None:
@@ -175,7 +174,7 @@ def _run_epochs(
             after_step=after_step,
         )
         if run.meter.losses is not None:
-            sampler.note(epoch - 1, torch.cat(run.meter.losses))
+            run.sampler.note(epoch - 1, torch.cat(run.meter.losses))
         test_loss, test_accuracy = evaluate(run.model, test_loader, runtime=runtime)
         if not math.isfinite(test_loss):
             raise NonFiniteLossError(f"{title}: the weights became infinite or NaN. Try a lower lr, or precision fp32.")

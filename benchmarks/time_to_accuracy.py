@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import math
 import statistics
-from typing import Any, cast
+from typing import Any
 
 import torch
 from baselines import airbench94_muon_network, original_network
@@ -63,8 +63,8 @@ def run(epochs: float, seed: int) -> dict[str, float]:
     config = taken_up(Config(epochs=math.ceil(epochs), holdout=left_out, seed=seed, name=name, **settings))
     torch.manual_seed(seed)
     history = fit(config, model := Net())
-    train_loader, test_loader = make_loaders(config)[0], make_loaders(dataclasses.replace(config, holdout=0))[1]
-    sampler = cast(EpochSampler, train_loader.sampler)
+    _, test_loader = make_loaders(dataclasses.replace(config, holdout=0))
+    sampler = EpochSampler(TRAIN_COUNT - left_out, skip=config.skip, epochs=config.epochs)
     passes = sum(sampler.count(epoch) for epoch in range(config.epochs)) / TRAIN_COUNT
     plain, averaged = (evaluate(network, test_loader)[1] for network in (model, SixViews(model)))
     return {"passes": passes, "seconds": history["seconds"][-1], "plain": plain, "averaged": averaged}

@@ -133,8 +133,7 @@ def test_batchnorm_sees_the_whole_batch(tmp_path):
 
 
 def test_together_the_processes_meet_every_image_once_and_in_the_same_batches():
-    places = [{}, *({"rank": rank, "ranks": 3} for rank in range(3))]
-    samplers = [EpochSampler(262, seed=1, **place) for place in places]
+    samplers = [EpochSampler(262, seed=1), *(EpochSampler(262, seed=1, rank=rank, ranks=3) for rank in range(3))]
     for sampler in samplers:
         sampler.start = 60  # as after an interruption
     whole, *parts = map(list, samplers)
