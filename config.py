@@ -15,6 +15,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import CheckpointError
+from dataset import MAX_SKIP
 from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, PADDING
 
 # Settings that do not change what a run computes, so that a resumed run may have others.
@@ -74,7 +75,7 @@ class Config:
             "label_smoothing": (0, 0.99),
             "padding": (0, 31),
             "cutmix": (0, 1),
-            "skip": (0, 0.6),
+            "skip": (0, MAX_SKIP),
             "holdout": (0, 40_000),
             "seed": (0, 2**32 - 1),
             "workers": (0, 64),

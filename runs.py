@@ -1,13 +1,10 @@
 """A run's folder: claimed once, saved so that a kill at any instant costs at most the steps since the last save."""
 
-import contextlib
 import dataclasses
 import io
 import json
-import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 import checkpoint
 import distributed
 from checkpoint import CheckpointError
-from config import FREE, Config, Runtime, SettingError, describe_hardware, settings_of
+from config import Config, Runtime, SettingError, settings_of
 from dataset import EpochSampler
 from engine import Meter
 from errors import NonFiniteLossError, UnsavedError
+from record import NOTED, new_record, refuse_other_settings
 from utils import plot_curves
 
-NOTED = ("runtime", "processes", "hardware", "versions")  # with others, a run may not go on bit for bit
-PACKAGES = ("torch", "torchvision", "albumentations", "albucore", "opencv-python-headless", "numpy")
 FILES = ("last.pt", "metrics.json", "curves.png", "model.pt")
 
 
@@ -56,19 +52,7 @@ class Run:
         self.meter = self._empty_meter(runtime.device)
         self.lock: io.TextIOBase | None = None
         self.errors: dict[str, OSError] = {}  # why the last writing of a file failed
-        self.result: dict[str, Any] = {
-            "data": config.data,
-            "network": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "before": _training_of(config.weights) if config.weights else [],
-            "history": {},
-            "config": dataclasses.asdict(config),
-            "runtime": str(runtime),
-            "processes": distributed.world_size(),
-            "wall_seconds": 0.0,
-            "hardware": describe_hardware(),
-            "versions": _versions(),
-        }
+        self.result = new_record(config, model, runtime)
         if config.resume:
             self.folder = Path(config.resume)
             # Before it is read, for another may be about to save.
@@ -206,7 +190,7 @@ class Run:
         """Puts everything back as it was when `state` was saved."""
         try:
             result, meter = state["result"], state["meter"]
-            _refuse_other_settings(self.config, settings_of(state, self.folder), self.folder)
+            refuse_other_settings(self.config, settings_of(state, self.folder), self.folder)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -267,45 +251,3 @@ def unused_folder(config: Config) -> Path:
             f"name: {folder} holds a run already; go on with it (resume), delete it (overwrite), or choose another"
         )
     return folder
-
-
-def _training_of(weights: str) -> list[dict[str, Any]]:
-    """The records of the runs that these weights went through, the first one first, from the metrics.json beside them.
-
-    Empty if there is none, as for weights that come from elsewhere.
-    """
-    try:
-        record = json.loads(Path(weights).with_name("metrics.json").read_text())
-    except (OSError, ValueError):
-        return []
-    return [*record.pop("before", []), record]
-
-
-def _versions() -> dict[str, str]:
-    """Of Python and of the packages that a result may depend on, as far as they are installed by these names."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _refuse_other_settings(config: Config, saved: dict[str, Any], folder: Path) -> None:
-    wanted = dataclasses.asdict(config)
-    other = [
-        f"{field} {wanted[field]!r} (the run has {saved[field]!r})"
-        for field in wanted
-        if field not in (*FREE, "epochs") and wanted[field] != saved[field]
-    ]
-    if other:
-        raise SettingError(
-            f"resume: {folder} was begun with other settings, with which it would not be the same run: "
-            f"{'; '.join(other)}. Give the same, or begin a new run."
-        )
-    if config.skip and config.epochs != saved["epochs"]:
-        raise SettingError(
-            f"epochs: a run with skip keeps its length, since which images an epoch has depends on it; "
-            f"the run in {folder} is one of {saved['epochs']}, got {config.epochs}. Begin a new one, with --weights."
-        )
-    if config.epochs < saved["epochs"]:
-        raise SettingError(f"epochs: the run in {folder} is one of {saved['epochs']}, got {config.epochs}")

@@ -167,10 +167,12 @@ def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, padding: int = PAD
         padding: By how many pixels "crop" moves an image at most, 0 to 31.
 
     Raises:
-        ValueError: A name is not among these, or there is none.
+        ValueError: A name is not among these, there is none, or `padding` is out of range.
     """
     if isinstance(augment, str) or not augment or not set(augment) <= set(AUGMENTATIONS):
         raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {augment!r}")
+    if not 0 <= padding <= 31:
+        raise ValueError(f"padding must be from 0 to 31, for a side of 32 has no more to reflect, got {padding!r}")
     chosen = [transform for transform in TRANSFORMS if transform.name in augment]
     return A.Compose([Crop(padding) if transform is Crop else transform() for transform in chosen], strict=True)
 

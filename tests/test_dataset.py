@@ -227,6 +227,12 @@ def test_what_one_augmentation_draws_does_not_depend_on_the_others(name):
         assert differs.sum() <= 64
 
 
+@pytest.mark.parametrize("padding", [-1, 32])
+def test_a_crop_out_of_range_is_refused(padding):
+    with pytest.raises(ValueError, match=f"padding must be from 0 to 31, .*got {padding}"):
+        CIFAR10(augment=["crop"], padding=padding)
+
+
 def test_a_transform_refuses_single_images_and_too_few_draws():
     transform = train_transform()
     picture = np.zeros((32, 32, 3), np.uint8)

@@ -1,48 +1,36 @@
-"""The loops, `fit` and the command line, on the tiny data."""
+"""The loops and `fit`, on the tiny data."""
 
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from conftest import TEST_COUNT
+from small_runs import plain, plain_network
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import train
-from config import Config, Runtime, SettingError, choose_runtime
-from errors import MachineError, NonFiniteLossError
+from config import Runtime, SettingError, choose_runtime
+from errors import NonFiniteLossError
 from model import Net
-from optim import Muon, orthogonalize, recipe_optimizer
+from optim import recipe_optimizer
 from train import evaluate, fit, make_loaders, predict, train_one_epoch
 
 PLAIN = Runtime(torch.device("cpu"), bf16=False, channels_last=False)
-REPOSITORY = Path(__file__).parents[1]
-
-
-def quick(**settings) -> Config:
-    return Config(**{"epochs": 2, "batch_size": 64, "workers": 0, "precision": "fp32", "name": "quick", **settings})
-
-
-def small_network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 def test_fit_learns_and_saves_what_it_returns(tiny_root):
     torch.manual_seed(0)
     model = Net()
-    history = fit(quick(epochs=5, batch_size=25, augment=(), data_dir=tiny_root), model)
+    history = fit(plain(epochs=5, batch_size=25, augment=(), data_dir=tiny_root), model)
     assert history["epoch"] == list(range(1, 6))
     assert history["train_loss"][-1] < history["train_loss"][0]
     assert history["test_accuracy"][-1] > 40  # chance is 10
-    folder = Path("runs/quick")
+    folder = Path("runs/plain")
     saved = json.loads((folder / "metrics.json").read_text())
     assert saved["history"] == history
     assert saved["parameters"] == 2_034_040
@@ -51,7 +39,7 @@ def test_fit_learns_and_saves_what_it_returns(tiny_root):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     loaded = Net()
     loaded.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
-    _, test_loader = make_loaders(quick())
+    _, test_loader = make_loaders(plain())
     assert evaluate(loaded, test_loader, runtime=PLAIN)[1] == pytest.approx(history["test_accuracy"][-1])
     assert [path.name for path in folder.glob(".*")] == [".lock"]
 
@@ -59,8 +47,8 @@ def test_fit_learns_and_saves_what_it_returns(tiny_root):
 def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers():
     weights = []
     for name, workers in (("a", 0), ("b", 1), ("c", 2)):
-        model = small_network()
-        fit(quick(name=name, workers=workers), model)
+        model = plain_network()
+        fit(plain(name=name, workers=workers), model)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
@@ -77,7 +65,7 @@ def test_metrics_are_weighted_by_samples():
 
 def test_training_loss_is_reported_without_smoothing_and_steps_once_per_batch():
     images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
-    model = small_network()
+    model = plain_network()
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
     frozen = torch.optim.SGD(model.parameters(), lr=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(frozen, lambda step: 1.0)
@@ -92,7 +80,7 @@ def test_mixed_images_are_trained_on_with_mixed_labels():
         return 0.6 * images + 0.4 * images.roll(1, 0), 0.6 * shares + 0.4 * shares.roll(1, 0)
 
     images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
-    model, loader = small_network(), DataLoader(TensorDataset(images, labels), batch_size=10)
+    model, loader = plain_network(), DataLoader(TensorDataset(images, labels), batch_size=10)
     frozen = torch.optim.SGD(model.parameters(), lr=0.0)
     loss, accuracy = train_one_epoch(model, loader, frozen, runtime=PLAIN, mix=mix)
     scores, shares = model(mix(images, labels)[0]), mix(images, labels)[1]
@@ -114,7 +102,7 @@ def test_cutmix_cuts_in_the_share_of_the_batches_that_it_says(monkeypatch):
         return 0.0, 0.0
 
     monkeypatch.setattr(train, "train_one_epoch", look)
-    fit(quick(epochs=1, cutmix=0.25), small_network())
+    fit(plain(epochs=1, cutmix=0.25), plain_network())
     assert 30 < sum(cut) < 70
 
 
@@ -130,7 +118,7 @@ def test_skipping_goes_by_the_loss_of_every_image_when_it_was_last_met(monkeypat
 
     met, loaders = [], []
     monkeypatch.setattr(train, "make_loaders", lambda *a, **k: loaders.append(make_loaders(*a, **k)) or loaders[0])
-    config = quick(epochs=3, batch_size=64, augment=(), skip=0.5, lr=0)
+    config = plain(epochs=3, batch_size=64, augment=(), skip=0.5, lr=0)
     history = fit(config, model := Counting())
     assert met == [64, 64, 64, 8, 64, 36, 64, 64, 64, 8]
     train_set = loaders[0][0].dataset
@@ -144,22 +132,15 @@ def test_training_starts_from_the_weights_of_a_run():
     torch.manual_seed(1)
     start = Net()
     torch.save(start.state_dict(), "start.pt")
-    ours, given = (quick(epochs=1, lr=0.01, name=name) for name in ("ours", "given"))
+    ours, given = (plain(epochs=1, lr=0.01, name=name) for name in ("ours", "given"))
     history = fit(dataclasses.replace(ours, weights="start.pt"))
     assert history["train_loss"] == fit(given, start)["train_loss"]
     with pytest.raises(SettingError, match="weights and a model of your own"):
-        fit(quick(weights="start.pt", name="both"), Net())
-
-
-def test_the_command_line_refuses_weights_that_are_none(capsys):
-    Path("start.pt").write_bytes(b"hello")
-    assert train.main(["--weights", "start.pt", "--name", "quick"]) == 1
-    assert "error: start.pt does not hold the weights of a Net" in capsys.readouterr().err
-    assert not Path("runs").exists()
+        fit(plain(weights="start.pt", name="both"), Net())
 
 
 def test_evaluation_changes_nothing_and_keeps_the_mode():
-    model, (_, loader) = Net(), make_loaders(quick())
+    model, (_, loader) = Net(), make_loaders(plain())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     log_probs, labels = predict(model, loader, runtime=PLAIN)
     assert model.training
@@ -169,18 +150,18 @@ def test_evaluation_changes_nothing_and_keeps_the_mode():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    model = small_network()
+    model = plain_network()
     nn.init.constant_(model[0].weight, float("nan"))
     with pytest.raises(NonFiniteLossError, match="lower lr"):
-        fit(quick(), model)
+        fit(plain(), model)
 
 
 def test_the_rate_falls_linearly_to_zero():
-    assert fit(quick(epochs=4), small_network())["lr"] == pytest.approx([0.12, 0.09, 0.06, 0.03])
+    assert fit(plain(epochs=4), plain_network())["lr"] == pytest.approx([0.12, 0.09, 0.06, 0.03])
 
 
 def test_holdout_keeps_training_images_apart_and_the_test_set_out():
-    train_loader, test_loader = make_loaders(quick(holdout=50))
+    train_loader, test_loader = make_loaders(plain(holdout=50))
     assert (len(train_loader.dataset), len(test_loader.dataset)) == (150, 50)
     trained = {image.numpy().tobytes() for image in train_loader.dataset.images}
     assert not trained & {image.numpy().tobytes() for image in test_loader.dataset.images}
@@ -192,7 +173,7 @@ def test_loaders_without_images_are_refused_and_those_without_a_length_are_not()
         def __iter__(self):
             return iter([(torch.randn(3, 32, 32), 1)] * 6)
 
-    model, empty = small_network(), DataLoader(TensorDataset(torch.zeros(0, 3, 32, 32), torch.zeros(0).long()))
+    model, empty = plain_network(), DataLoader(TensorDataset(torch.zeros(0, 3, 32, 32), torch.zeros(0).long()))
     optimizer = recipe_optimizer(model)
     with pytest.raises(ValueError, match="no images"):
         train_one_epoch(model, empty, optimizer)
@@ -202,144 +183,8 @@ def test_loaders_without_images_are_refused_and_those_without_a_length_are_not()
     assert math.isfinite(loss)
 
 
-def test_the_machine_of_any_process_is_heard_but_settings_only_once(monkeypatch, capsys):
-    def fail(error: Exception) -> str:
-        monkeypatch.setattr(train, "fit", mock.Mock(side_effect=error))
-        assert train.main([]) == 1
-        return capsys.readouterr().err
-
-    monkeypatch.setenv("RANK", "1")
-    assert fail(SettingError("lr")) == "error: lr\n"  # a cluster's variable, without torchrun
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    assert fail(SettingError("lr")) == ""
-    assert fail(MachineError("memory ran out")) == "process 1: error: memory ran out\n"
-
-
 def test_a_run_says_what_it_was_tested_on(capsys):
-    assert fit(quick(epochs=1, name="a"), small_network())["tested_on"] == ["test"]
+    assert fit(plain(epochs=1, name="a"), plain_network())["tested_on"] == ["test"]
     assert ", test " in capsys.readouterr().out
-    assert fit(quick(epochs=1, name="b", holdout=50), small_network())["tested_on"] == ["held-out"]
+    assert fit(plain(epochs=1, name="b", holdout=50), plain_network())["tested_on"] == ["held-out"]
     assert ", held-out " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("epochs", 0),
-        ("epochs", 1.5),
-        ("epochs", True),
-        ("batch_size", 1),
-        ("lr", -0.1),
-        ("lr", float("nan")),
-        ("label_smoothing", 1.0),
-        ("cutmix", 1.1),
-        ("skip", 0.7),
-        ("padding", 32),
-        ("weights", ""),
-        ("data", "imagenet"),
-        ("augment", ("blur",)),
-        ("seed", -1),
-        ("workers", "two"),
-        ("device", "tpu"),
-        ("precision", "fp8"),
-        ("name", ""),
-        ("name", "../elsewhere"),
-        ("data_dir", 5),
-    ],
-)
-def test_bad_settings_are_refused_by_name(field, value):
-    with pytest.raises(SettingError, match=f"^{field} must be .*, got "):
-        Config(**{field: value})
-
-
-@pytest.mark.parametrize(("field", "value"), [("batch_size", 201), ("holdout", 200)])
-def test_settings_beyond_the_data_are_refused_by_name(field, value):
-    with pytest.raises(SettingError, match=field):
-        fit(quick(**{field: value}), small_network())
-    assert not Path("runs").exists()
-
-
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(SettingError, match="cuda is not available"):
-        choose_runtime(device="cuda")
-
-
-def test_runtime_can_be_overridden():
-    assert str(choose_runtime("cpu", "bf16", "contiguous")) == "cpu, bf16, contiguous"
-    assert str(choose_runtime("cpu", "fp32", "channels_last")) == "cpu, fp32, channels_last"
-
-
-def test_the_command_line_has_every_field_and_no_other():
-    defaults = train.parse_args([])
-    assert defaults == Config()
-    command = "--epochs 3 --lr 0.1 --augment crop cutout --data synthetic --batch-size 100"
-    parsed = train.parse_args(command.split(" "))
-    assert parsed == Config(epochs=3, lr=0.1, augment=("crop", "cutout"), data="synthetic", batch_size=100)
-    assert train.parse_args(["--augment"]).augment == ()
-
-
-@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--lr", "fast"], ["--colour", "red"]])
-def test_the_command_line_refuses_with_usage_and_status_2(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        train.parse_args(arguments)
-    assert exit_.value.code == 2
-    assert "error:" in capsys.readouterr().err
-
-
-def test_the_command_line_says_what_is_missing_without_a_traceback(monkeypatch, capsys):
-    monkeypatch.delenv("CIFAR10_ROOT")
-    assert train.main(["--epochs", "1"]) == 1
-    assert "--data synthetic" in capsys.readouterr().err
-
-
-def test_help_runs_as_a_script_and_names_every_field(tmp_path):
-    run = subprocess.run(
-        [sys.executable, REPOSITORY / "train.py", "--help"], capture_output=True, text=True, check=True
-    )
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in run.stdout
-
-
-def test_orthogonalize_keeps_the_directions_and_evens_out_their_lengths():
-    matrix = torch.randn(8, 40) * torch.logspace(0, 1, 8)[:, None]
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonalize(matrix)
-    assert torch.linalg.svdvals(result).min() > 0.5
-    assert torch.linalg.svdvals(result).max() < 1.4
-    assert (u.T @ result @ v.T).diagonal().min() > 0.5
-    torch.testing.assert_close(orthogonalize(matrix.T), result.T, rtol=0.1, atol=0.05)
-
-
-def test_every_parameter_has_one_place_in_the_optimizer():
-    net = Net()
-    optimizer = recipe_optimizer(net)
-    placed = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, placed)) == sorted(map(id, net.parameters()))
-    orthogonal = {id(p) for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
-    assert id(net.c3[0][0].conv.weight) in orthogonal
-    assert id(net.c4[1].depthwise.conv.weight) not in orthogonal
-
-
-def test_the_other_groups_step_as_torch_adam_does():
-    start = torch.tensor([1.0, -2.0, 3.0])
-    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    muon = Muon([ours], lr=0.1, betas=(0.8, 0.9), eps=1e-8, orthogonal=False)
-    adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.8, 0.9), eps=1e-8)
-    for _ in range(5):
-        for parameter, optimizer in ((ours, muon), (theirs, adam)):
-            optimizer.zero_grad()
-            (parameter**4).sum().backward()
-            optimizer.step()
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_depthwise_and_zero_filters_of_other_networks_train():
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 7, groups=8), nn.AdaptiveAvgPool2d(1)]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
-    nn.init.zeros_(model[0].weight)
-    orthogonal = [p for group in recipe_optimizer(model).param_groups if group["orthogonal"] for p in group["params"]]
-    assert len(orthogonal) == 1
-    assert orthogonal[0] is model[0].weight
-    fit(quick(epochs=1), model)
-    assert all(p.isfinite().all() for p in model.parameters())
