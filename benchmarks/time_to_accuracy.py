@@ -1,6 +1,6 @@
 """Accuracy against training time: short and long runs, beside the original and airbench94_muon.
 
-`python benchmarks/time_to_accuracy.py --epochs 0.5 1 9 20 --seeds 0 1 2` trains, from CIFAR-10 (see the README), a run
+`python benchmarks/time_to_accuracy.py --epochs 0.4 0.5 1 9 20 --seeds 0 1 2` trains, from CIFAR-10 (see the README), a run
 for each number of epochs and each seed, saved in runs/ and not repeated when it is there already, then prints a table.
 Runs of up to ten epochs are trained by the settings that suit short ones, the others by the default settings.
 Training time is that of the training steps with the waiting for images, without evaluation. The time of the original
@@ -91,7 +91,7 @@ def baseline_seconds() -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=float, nargs="+", default=[0.5, 1, 9, Config().epochs])
+    parser.add_argument("--epochs", type=float, nargs="+", default=[0.4, 0.5, 1, 9, Config().epochs])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     if not all(epochs < 1 or epochs.is_integer() for epochs in arguments.epochs):
