@@ -51,7 +51,7 @@ class CIFAR10(Dataset):
         classes: The ten names; those of the stand-in are "synthetic 0" ... "synthetic 9".
 
     Raises:
-        ValueError: `data` or a name in `augment` is unknown, or `padding` is out of range.
+        ValueError: `data` or a name in `augment` is unknown, or `padding` is out of range where `augment` is given.
         storage.DataError: CIFAR-10 is missing or damaged.
     """
 
