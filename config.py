@@ -15,8 +15,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import CheckpointError
-from dataset import MAX_SKIP
-from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, PADDING
+from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, PADDING
 
 # Settings that do not change what a run computes, so that a resumed run may have others.
 FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")
@@ -73,9 +72,9 @@ class Config:
             "batch_size": (2, 50_000),
             "lr": (0, 10),
             "label_smoothing": (0, 0.99),
-            "padding": (0, 31),
+            "padding": (0, MAX_PADDING),
             "cutmix": (0, 1),
-            "skip": (0, MAX_SKIP),
+            "skip": (0, 0.6),
             "holdout": (0, 40_000),
             "seed": (0, 2**32 - 1),
             "workers": (0, 64),

@@ -22,7 +22,6 @@ CLASS_COLOURS = (
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 )
 SIZE = 32  # pixels, height and width
-MAX_SKIP = 0.6  # of the images; they are drawn from two thirds
 FLIPS, ORDER, AUGMENTATION, SKIP = 1, 2, 3, 4  # stand behind the seed, so that no two uses draw the same numbers
 
 
@@ -140,10 +139,8 @@ class EpochSampler(Sampler):
     def __init__(
         self, size: int, seed: int = 0, rank: int = 0, ranks: int = 1, *, skip: float = 0.0, epochs: int = 0
     ) -> None:
-        if not 0 <= skip <= MAX_SKIP or (skip and epochs < 1):
-            raise ValueError(
-                f"skip must be from 0 to {MAX_SKIP} and come with the number of epochs, got {skip}, {epochs}"
-            )
+        if not 0 <= skip <= 0.6 or (skip and epochs < 1):
+            raise ValueError(f"skip must be from 0 to 0.6 and come with the number of epochs, got {skip}, {epochs}")
         self.size, self.seed, self.rank, self.ranks, self.skip, self.epochs = size, seed, rank, ranks, skip, epochs
         self.epoch = self.start = 0
         self.losses = torch.zeros(size)

@@ -19,6 +19,7 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
 PADDING = 4  # pixels on each side before the crop, by default
+MAX_PADDING = 31  # a side of 32 has no more to reflect
 HOLE = 8  # pixels, the side of the square that cutout covers
 
 
@@ -171,8 +172,10 @@ def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, padding: int = PAD
     """
     if isinstance(augment, str) or not augment or not set(augment) <= set(AUGMENTATIONS):
         raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {augment!r}")
-    if not 0 <= padding <= 31:
-        raise ValueError(f"padding must be from 0 to 31, for a side of 32 has no more to reflect, got {padding!r}")
+    if not 0 <= padding <= MAX_PADDING:
+        raise ValueError(
+            f"padding must be from 0 to {MAX_PADDING}, for a side of 32 has no more to reflect, got {padding!r}"
+        )
     chosen = [transform for transform in TRANSFORMS if transform.name in augment]
     return A.Compose([Crop(padding) if transform is Crop else transform() for transform in chosen], strict=True)
 

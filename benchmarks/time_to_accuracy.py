@@ -2,8 +2,7 @@
 
 `python benchmarks/time_to_accuracy.py --epochs 0.4 0.5 1 9 20 --seeds 0 1 2` trains, from CIFAR-10 (see the README), a
 run for each number of epochs and each seed, saved in runs/ and not repeated when it is there already, then prints a
-table.
-Runs of up to ten epochs are trained by the settings that suit short ones, the others by the default settings.
+table. Runs of up to ten epochs are trained by the settings that suit short ones, the others by the default settings.
 Training time is that of the training steps with the waiting for images, without evaluation. The time of the original
 is that of a step on this machine, on one batch, with its batch size, precision and layout, times its 31,250 steps; that
 of airbench94_muon is that of a step of its layers in our loop, on one batch of its 2,000 images, with our precision and

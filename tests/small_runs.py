@@ -12,10 +12,12 @@ from config import Config
 
 
 def plain(**settings) -> Config:
+    """The recipe as it is by default, but short, and in fp32; for what has nothing to do with stopping."""
     return Config(**{"epochs": 2, "batch_size": 64, "workers": 0, "precision": "fp32", "name": "plain", **settings})
 
 
 def plain_network() -> nn.Module:
+    """Without anything that training and evaluation, or two passes, would treat differently."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
