@@ -79,7 +79,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """Nearly the orthogonal matrix nearest to `matrix` (M, N): the same singular vectors, singular values about 1.
 
     Three Newton-Schulz steps in bf16, with the coefficients of K. Jordan's Muon, chosen for the steepest rise from 0.
-    They bring singular values to 0.7 to 1.2, but for those below a hundredth of the norm, which stay short: in the
+    They bring singular values to 0.7 to 1.2, but for those below a fiftieth of the norm, which stay short: in the
     gradient of a small batch they are noise.
     """
     a, b, c = 3.4445, -4.7750, 2.0315

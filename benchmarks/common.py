@@ -85,10 +85,12 @@ def taken_up(config: Config) -> Config:
     return dataclasses.replace(config, resume=str(folder)) if (folder / "last.pt").exists() else config
 
 
-def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any) -> None:
+def report(
+    name: str, columns: tuple[str, ...], rows: list[tuple], runs: Sequence[Mapping[str, Any]] = (), **notes: Any
+) -> None:
     """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json.
 
-    Fractions are rounded to three digits.
+    Fractions in the table are rounded to three digits; what each of the `runs` behind it gave is saved as it is.
     """
     rows = [tuple(float(f"{v:.3g}") if isinstance(v, float) else v for v in row) for row in rows]
     texts = [columns, *[tuple(map(as_text, row)) for row in rows]]
@@ -102,13 +104,15 @@ def report(name: str, columns: tuple[str, ...], rows: list[tuple], **notes: Any)
         "torch": torch.__version__,
         **notes,
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+        **({"runs": [dict(run) for run in runs]} if runs else {}),
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
 
 
-def as_mean(values: Sequence[float]) -> str:
+def as_mean(values: Sequence[float], digits: int = 2) -> str:
     """Their mean and standard deviation, such as 93.12 ± 0.01; a single one as it is."""
-    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def as_text(value: float | str) -> str:

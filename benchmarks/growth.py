@@ -1,7 +1,7 @@
 """How the training time grows: with the batch size, with the number of images and with the width of the network.
 
 `python benchmarks/growth.py` times training steps on random images, taking turns. Growth with the number of epochs is
-that with the number of images, for an epoch is a fixed number of steps; benchmarks/time_to_accuracy.py shows it.
+that with the number of images, for an epoch is a fixed number of steps.
 """
 
 from typing import Any

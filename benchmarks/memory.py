@@ -1,4 +1,4 @@
-"""The peak memory of training at the default batch size, and what the data and the network take of it.
+"""The peak memory of training at several batch sizes.
 
 `python benchmarks/memory.py` trains on the drawn stand-in, which is as large as CIFAR-10, in a process of its own.
 """

@@ -1,13 +1,15 @@
-"""Accuracy against training time: short and long runs, beside the original and airbench94_muon.
+"""Accuracy against training time: short runs beside the original and airbench94_muon.
 
-`python benchmarks/time_to_accuracy.py --epochs 0.4 0.5 1 9 20 --seeds 0 1 2` trains, from CIFAR-10 (see the README), a
-run for each number of epochs and each seed, saved in runs/ and not repeated when it is there already, then prints a
-table. Runs of up to ten epochs are trained by the settings that suit short ones, the others by the default settings.
-Training time is that of the training steps with the waiting for images, without evaluation. The time of the original
-is that of a step on this machine, on one batch, with its batch size, precision and layout, times its 31,250 steps; that
-of airbench94_muon is that of a step of its layers in our loop, on one batch of its 2,000 images, with our precision and
-layout, times its 200 steps. Since it took 1,136 s where a large convolution reaches 425 GFLOP/s, seconds are also given
-as they would be there if all work, and not only convolutions, were as much slower there: an upper bound.
+`python benchmarks/time_to_accuracy.py` trains, from CIFAR-10 (see the README), a run for each number of epochs and each
+seed, about 35 minutes on two cores with bf16, saved in runs/ and not repeated when it is there already, then prints a
+table. Runs of up to ten epochs are trained by the settings that suit short ones, others (`--epochs 20`) by the default
+settings. Training time is that of the training steps with the waiting for images, without evaluation. The time of the
+original is that of a step on this machine, on one batch, with its batch size, precision and layout, times its 31,250
+steps; that of airbench94_muon is that of a step of its layers in our loop, on one batch of its 2,000 images, with our
+precision and layout, times its 200 steps. Both, and the limit of the machine, are timed before each number of epochs
+and after the last, so that a machine that changes its speed harms all alike; runs of another day, taken up from runs/,
+do not have that. Since airbench94_muon took 1,136 s where a large convolution reaches 425 GFLOP/s, seconds are also
+given in proportion to that: as they would be there if all work were as much slower as convolutions.
 
 Averaged accuracy is that of six views, as in airbench (K. Jordan, 2024): the image, moved by a pixel up and left, and
 down and right, with weights 1/2, 1/4, 1/4, each with its mirror image. Plain accuracy comes first everywhere.
@@ -17,6 +19,7 @@ import argparse
 import dataclasses
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,11 +70,12 @@ def run(epochs: float, seed: int) -> dict[str, float]:
     sampler = EpochSampler(TRAIN_COUNT - left_out, skip=config.skip, epochs=config.epochs)
     passes = sum(sampler.count(epoch) for epoch in range(config.epochs)) / TRAIN_COUNT
     plain, averaged = (evaluate(network, test_loader)[1] for network in (model, SixViews(model)))
-    return {"passes": passes, "seconds": history["seconds"][-1], "plain": plain, "averaged": averaged}
+    measured = {"seconds": history["seconds"][-1], "plain": plain, "averaged": averaged}
+    return {"epochs": epochs, "seed": seed, "passes": passes, **measured}
 
 
-def baseline_seconds() -> tuple[float, float, float]:
-    """Of the original's 20 epochs and airbench94_muon's 8 in training steps, and a large convolution's GFLOP/s."""
+def baselines() -> tuple[dict[str, Callable[[], Any]], float]:
+    """A step of the original, one of airbench94_muon's layers, and a large convolution, with the operations of that."""
     original = original_network().train()
     optimizer = torch.optim.SGD(original.parameters(), lr=0.01, momentum=0.9)
     images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
@@ -84,39 +88,55 @@ def baseline_seconds() -> tuple[float, float, float]:
 
     peer = airbench94_muon_network()
     peer_step = training_step(peer, recipe_optimizer(peer), PEER_BATCH)
-    seconds = alternate({"original": original_step, "peer": peer_step, "limit": convolution}, 15)
-    median = {name: median_and_half_iqr(times)[0] for name, times in seconds.items()}
-    return ORIGINAL_STEPS * median["original"], PEER_STEPS * median["peer"], operations / median["limit"] / 1e9
+    return {"original": original_step, "peer": peer_step, "limit": convolution}, operations
+
+
+def row(results: list[dict[str, float]], original: float, peer: float, limit: float) -> tuple:
+    """A line of the table, from what `run` returned for each seed, the seconds of both baselines, and GFLOP/s."""
+    of_seeds = {key: [result[key] for result in results] for key in results[0]}
+    seconds = statistics.fmean(of_seeds["seconds"])
+    return (
+        *(f"{results[0]['epochs']:g}", f"{results[0]['passes']:.2g}", len(results)),
+        *(as_mean(of_seeds["plain"]), as_mean(of_seeds["averaged"]), as_mean(of_seeds["seconds"], 0)),
+        *(round(seconds * limit / 425), f"1/{original / seconds:.0f}", f"{seconds / peer:.2f}"),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=float, nargs="+", default=[0.4, 0.5, 1, 9, Config().epochs])
+    parser.add_argument("--epochs", type=float, nargs="+", default=[0.4, 0.5, 1, 9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    if not all(epochs < 1 or epochs.is_integer() for epochs in arguments.epochs):
-        parser.error("epochs are whole, or a part of one")
-    original, peer, limit = baseline_seconds()
-    rows = []
+    if not all(0.2 <= epochs < 1 or (epochs.is_integer() and epochs > 0) for epochs in arguments.epochs):
+        parser.error("epochs are whole, or a part of one, at least a fifth")
+    candidates, operations = baselines()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def time_baselines() -> None:
+        for name, seconds in alternate(candidates, 5).items():
+            times[name] += seconds
+
+    results = []
     for epochs in arguments.epochs:
-        results = [run(epochs, seed) for seed in arguments.seeds]
-        texts = [as_mean([result[key] for result in results]) for key in ("plain", "averaged")]
-        seconds = statistics.fmean(result["seconds"] for result in results)
-        ratios = f"1/{original / seconds:.0f}", f"{seconds / peer:.2f}"
-        passes = f"{results[0]['passes']:.2g}"
-        rows.append(
-            (f"{epochs:g}", passes, len(results), *texts, round(seconds), round(seconds * limit / 425), *ratios)
-        )
+        time_baselines()
+        results.append([run(epochs, seed) for seed in arguments.seeds])
+    time_baselines()
+    median = {name: median_and_half_iqr(seconds)[0] for name, seconds in times.items()}
+    spread = {name: f"{100 * median_and_half_iqr(seconds)[1] / median[name]:.1f} %" for name, seconds in times.items()}
+    original, peer = ORIGINAL_STEPS * median["original"], PEER_STEPS * median["peer"]
+    limit = operations / median["limit"] / 1e9
     report(
         "time_to_accuracy",
         (
             *("epochs", "passes over the images", "n", "plain %", "6 views %", "seconds", "seconds at 425 GFLOP/s"),
             *("of the original's 20 epochs", "of airbench94_muon's 8 epochs"),
         ),
-        rows,
+        [row(runs, original, peer, limit) for runs in results],
+        [run for runs in results for run in runs],
         seconds_of_the_original=round(original),
         seconds_of_airbench94_muon=round(peer),
-        limit_gflops=round(limit),
+        gflops_of_the_largest_convolution=round(limit),
+        half_iqr_of_these=", ".join(spread.values()),
     )
 
 

@@ -1,8 +1,8 @@
 """Takes finished runs of the default settings from runs/ into the repository; `make results` does it.
 
-Each runs/*/metrics.json becomes results/cifar10-seed<seed>.json, and runs/S9_Final.ipynb, which `make run` wrote,
-becomes the committed notebook if its settings are the default ones: without what papermill noted, and with pictures of
-256 colours, a third of the bytes.
+Each runs/cifar10-seed*/metrics.json, as runs are named by default, becomes results/cifar10-seed<seed>.json, and
+runs/S9_Final.ipynb, which `make run` wrote, becomes the committed notebook if its settings are the default ones:
+without what papermill noted, and with pictures of 256 colours, a third of the bytes.
 """
 
 import base64
@@ -20,13 +20,16 @@ REPOSITORY = RESULTS.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from config import FREE, Config  # noqa: E402
+from model import Net  # noqa: E402
 
+PARAMETERS = sum(p.numel() for p in Net().parameters())
 DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # settings as a metrics.json has them
 
 
 def is_default(run: dict) -> bool:
-    """Whether a run has the default settings, but for the seed and those that change nothing, and all its epochs."""
+    """Whether a run of `Net` by one process has the default settings, but for those that any may have, and its end."""
     same = all(run["config"].get(field) == value for field, value in DEFAULT.items() if field not in (*FREE, "seed"))
+    same &= (run["network"], run["parameters"], run["processes"]) == ("Net", PARAMETERS, 1)
     epochs, rates = DEFAULT["epochs"], run["history"]["lr"]  # those of a run made longer afterwards are others
     return same and rates == [DEFAULT["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
 
@@ -74,7 +77,7 @@ def smaller(png: bytes) -> bytes:
 
 
 def main() -> None:
-    for path in sorted((REPOSITORY / "runs").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime):
+    for path in sorted((REPOSITORY / "runs").glob("cifar10-seed*/metrics.json"), key=lambda path: path.stat().st_mtime):
         run = json.loads(path.read_text())
         if is_default(run):
             target = RESULTS / f"cifar10-seed{run['config']['seed']}.json"

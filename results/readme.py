@@ -172,6 +172,7 @@ def benchmark_table(name: str) -> str:
     """The table that a benchmark saved, and where it ran."""
     result = saved(f"benchmarks/{name}")
     rows = result.pop("rows")
+    result.pop("runs", None)
     table = markdown(tuple(rows[0]), *[tuple(map(as_text, row.values())) for row in rows])
     notes = [result.pop("hardware"), f"torch {result.pop('torch')}"]
     notes += [f"{note.replace('_', ' ')}: {as_text(value)}" for note, value in result.items()]

@@ -53,9 +53,11 @@ def test_candidates_take_turns_and_the_first_call_does_not_count():
 def test_a_report_is_saved_with_the_machine(tmp_path, monkeypatch, capsys):
     common = importlib.import_module("common")
     monkeypatch.setattr(common, "FOLDER", tmp_path)
-    common.report("speed", ("layer", "ms"), [("conv", 1.25), ("pool", 1194.4)], batch_size=500)
+    rows = [("conv", 1.25), ("pool", 1194.4)]
+    common.report("speed", ("layer", "ms"), rows, [{"seed": 0, "ms": 1.2512}], batch_size=500)
     saved = json.loads((tmp_path / "speed.json").read_text())
     assert saved["rows"] == [{"layer": "conv", "ms": 1.25}, {"layer": "pool", "ms": 1190.0}]
+    assert saved["runs"] == [{"seed": 0, "ms": 1.2512}]
     assert (saved["batch_size"], saved["torch"]) == (500, torch.__version__)
     assert saved["hardware"]
     printed = capsys.readouterr().out
@@ -88,6 +90,15 @@ def test_six_views_are_three_places_and_their_mirror_images():
     weights = torch.tensor([1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
     expected = sum(weight * view.flatten(1) for weight, view in zip(weights, seen, strict=True))
     torch.testing.assert_close(averaged, expected)
+
+
+def test_a_row_of_time_to_accuracy_compares_with_the_baselines():
+    runs = [
+        {"epochs": 0.5, "seed": seed, "passes": 0.5, "seconds": 40.0 + 4 * seed, "plain": 78.0, "averaged": 79.0 + seed}
+        for seed in (0, 1)
+    ]
+    row = importlib.import_module("time_to_accuracy").row(runs, original=10_500, peer=420, limit=850)
+    assert row == ("0.5", "0.5", 2, "78.00 ± 0.00", "79.50 ± 0.71", "42 ± 3", 84, "1/250", "0.10")
 
 
 def test_a_wider_network_keeps_its_layers():

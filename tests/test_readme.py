@@ -44,6 +44,16 @@ def test_the_numbers_are_those_of_the_saved_runs(readme):
         assert readme.with_numbers(cell.source, runs) == cell.source, "the notebook is old: run `make readme`"
 
 
+def test_only_a_run_of_net_with_the_default_settings_goes_into_the_readme(readme):
+    is_default, (run, *_) = importlib.import_module("collect").is_default, readme.saved_runs()
+    assert is_default({**run, "config": {**run["config"], "seed": 7, "workers": 0}})
+    other = {"network": "MyNetwork", "parameters": 2_034_041, "processes": 2, "config": {**run["config"], "lr": 0.1}}
+    for field, value in other.items():
+        assert not is_default({**run, field: value}), field
+    longer = {**run["history"], "lr": [rate * 1.01 for rate in run["history"]["lr"]]}
+    assert not is_default({**run, "history": longer})
+
+
 def test_the_commands_of_a_training_made_longer_are_found_from_its_rates(readme):
     sittings = readme.model_card.sittings
     rates = [0.12 * (1 - epoch / 7) for epoch in range(7)]
