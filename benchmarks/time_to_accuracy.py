@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, nargs="+", default=[0.4, 0.5, 1, 9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    if not all(0.2 <= epochs < 1 or (epochs.is_integer() and epochs > 0) for epochs in arguments.epochs):
+    if not all(0.2 <= epochs < 1 or (epochs >= 1 and epochs == int(epochs)) for epochs in arguments.epochs):
         parser.error("epochs are whole, or a part of one, at least a fifth")
     candidates, operations = baselines()
     times: dict[str, list[float]] = {name: [] for name in candidates}

@@ -101,6 +101,30 @@ def test_a_row_of_time_to_accuracy_compares_with_the_baselines():
     assert row == ("0.5", "0.5", 2, "78.00 ± 0.00", "79.50 ± 0.71", "42 ± 3", 84, "1/250", "0.10")
 
 
+def test_time_to_accuracy_times_the_baselines_before_each_length_and_at_the_end(tmp_path, monkeypatch):
+    module, calls = importlib.import_module("time_to_accuracy"), []
+
+    def run(epochs: float, seed: int) -> dict[str, float]:
+        calls.append(f"{epochs:g}")
+        return {"epochs": epochs, "seed": seed, "passes": epochs, "seconds": 1.0, "plain": 90.0, "averaged": 91.0}
+
+    monkeypatch.setattr("common.FOLDER", tmp_path)
+    monkeypatch.setattr(module, "run", run)
+    steps = {"original": lambda: calls.append("baselines"), "peer": lambda: None, "limit": lambda: None}
+    monkeypatch.setattr(module, "baselines", lambda: (steps, 1e9))
+    monkeypatch.setattr("sys.argv", ["time_to_accuracy.py"])
+    module.main()
+    in_turn = [call for call, before in zip(calls, [None, *calls], strict=False) if call != before]
+    assert in_turn == ["baselines", "0.4", "baselines", "0.5", "baselines", "1", "baselines", "9", "baselines"]
+    saved = json.loads((tmp_path / "time_to_accuracy.json").read_text())
+    assert [row["epochs"] for row in saved["rows"]] == ["0.4", "0.5", "1", "9"]
+    assert [run["seed"] for run in saved["runs"]] == 4 * [0, 1, 2]
+    for refused in ("0.1", "1.5", "0"):
+        monkeypatch.setattr("sys.argv", ["time_to_accuracy.py", "--epochs", refused])
+        with pytest.raises(SystemExit):
+            module.main()
+
+
 def test_a_wider_network_keeps_its_layers():
     wide = importlib.import_module("growth").widened(Net(), 1.5)
     assert wide(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
