@@ -97,7 +97,7 @@ def row(results: list[dict[str, float]], original: float, peer: float, limit: fl
     seconds = statistics.fmean(of_seeds["seconds"])
     return (
         *(f"{results[0]['epochs']:g}", f"{results[0]['passes']:.2g}", len(results)),
-        *(as_mean(of_seeds["plain"]), as_mean(of_seeds["averaged"]), as_mean(of_seeds["seconds"], 0)),
+        *(as_mean(of_seeds["plain"]), as_mean(of_seeds["averaged"]), as_mean(of_seeds["seconds"], 1)),
         *(round(seconds * limit / 425), f"1/{original / seconds:.0f}", f"{seconds / peer:.2f}"),
     )
 
@@ -136,7 +136,7 @@ def main() -> None:
         seconds_of_the_original=round(original),
         seconds_of_airbench94_muon=round(peer),
         gflops_of_the_largest_convolution=round(limit),
-        half_iqr_of_these=", ".join(spread.values()),
+        half_the_distance_of_their_quartiles=", ".join(spread.values()),
     )
 
 

@@ -98,7 +98,7 @@ def test_a_row_of_time_to_accuracy_compares_with_the_baselines():
         for seed in (0, 1)
     ]
     row = importlib.import_module("time_to_accuracy").row(runs, original=10_500, peer=420, limit=850)
-    assert row == ("0.5", "0.5", 2, "78.00 ± 0.00", "79.50 ± 0.71", "42 ± 3", 84, "1/250", "0.10")
+    assert row == ("0.5", "0.5", 2, "78.00 ± 0.00", "79.50 ± 0.71", "42.0 ± 2.8", 84, "1/250", "0.10")
 
 
 def test_time_to_accuracy_times_the_baselines_before_each_length_and_at_the_end(tmp_path, monkeypatch):
