@@ -45,6 +45,7 @@ def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, 
     size, ranks = len(train_set), distributed.world_size()
     if config.batch_size > size:
         raise SettingError(f"batch_size must be at most the {size} training images, got {config.batch_size}")
+    # Those of the second epoch, the first that may skip.
     shorter = EpochSampler(size, skip=config.skip, epochs=config.epochs).count(1)
     if config.batch_size % ranks or any(0 < images % config.batch_size < ranks for images in (size, shorter)):
         raise SettingError(

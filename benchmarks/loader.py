@@ -108,7 +108,7 @@ def main() -> None:
     median, spread = median_and_half_iqr(ratios)
     report(
         "loader",
-        ("one worker", "images/s", "± images/s", "ours, times this"),
+        ("one worker", "images/s", "± images/s", "ours ÷ this"),
         rows,
         step_with_loader_over_step_alone=f"{median:.3f} ± {spread:.3f} (n = {len(ratios)})",
     )

@@ -99,7 +99,7 @@ def main() -> None:
         ("layers", "ms", "± ms", "of the step", "GFLOP/s", "of the limit"),
         rows,
         batch_size=BATCH_SIZE,
-        gflops_of_the_largest_convolution=round(limit / 1e9),
+        gflops_of_one_large_convolution=round(limit / 1e9),
         images_per_second=round(BATCH_SIZE / total),
         images_per_second_of_airbench94_muon=round(BATCH_SIZE / statistics.median(seconds["peer"])),
     )

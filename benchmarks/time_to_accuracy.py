@@ -1,15 +1,16 @@
 """Accuracy against training time: short runs beside the original and airbench94_muon.
 
 `python benchmarks/time_to_accuracy.py` trains, from CIFAR-10 (see the README), a run for each number of epochs and each
-seed, about 35 minutes on two cores with bf16, saved in runs/ and not repeated when it is there already, then prints a
-table. Runs of up to ten epochs are trained by the settings that suit short ones, others (`--epochs 20`) by the default
-settings. Training time is that of the training steps with the waiting for images, without evaluation. The time of the
-original is that of a step on this machine, on one batch, with its batch size, precision and layout, times its 31,250
-steps; that of airbench94_muon is that of a step of its layers in our loop, on one batch of its 2,000 images, with our
-precision and layout, times its 200 steps. Both, and the limit of the machine, are timed before each number of epochs
-and after the last, so that a machine that changes its speed harms all alike; runs of another day, taken up from runs/,
-do not have that. Since airbench94_muon took 1,136 s where a large convolution reaches 425 GFLOP/s, seconds are also
-given in proportion to that: as they would be there if all work were as much slower as convolutions.
+seed, about 40 minutes on two cores of the Zen 5, saved in runs/ and not repeated when it is there already, then
+prints a table. Runs of up to ten epochs are trained by the settings that suit short ones, others (`--epochs 20`) by the
+default settings. Training time is that of the training steps with the waiting for images, without evaluation. The time
+of the original is that of a step on this machine, on one batch, with its batch size, precision and layout, times its
+31,250 steps; that of airbench94_muon is that of a step of its layers in our loop, on one batch of its 2,000 images,
+with our precision and layout, times its 200 steps. Both, and one large convolution, are timed before each number of
+epochs and after the last; the medians count. So compare in one go: runs of another day, taken up from runs/, had a
+machine that may have been faster or slower. Since airbench94_muon took 1,136 s where a large convolution reaches 425
+GFLOP/s, seconds are also given in proportion to that: as they would be there if all work were as much slower as
+convolutions.
 
 Averaged accuracy is that of six views, as in airbench (K. Jordan, 2024): the image, moved by a pixel up and left, and
 down and right, with weights 1/2, 1/4, 1/4, each with its mirror image. Plain accuracy comes first everywhere.
@@ -17,6 +18,7 @@ down and right, with weights 1/2, 1/4, 1/4, each with its mirror image. Plain ac
 
 import argparse
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -107,7 +109,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, nargs="+", default=[0.4, 0.5, 1, 9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    if not all(0.2 <= epochs < 1 or (epochs >= 1 and epochs == int(epochs)) for epochs in arguments.epochs):
+    if not all(0.2 <= epochs < 1 or (epochs >= 1 and epochs % 1 == 0) for epochs in arguments.epochs):
         parser.error("epochs are whole, or a part of one, at least a fifth")
     candidates, operations = baselines()
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -121,22 +123,24 @@ def main() -> None:
         time_baselines()
         results.append([run(epochs, seed) for seed in arguments.seeds])
     time_baselines()
-    median = {name: median_and_half_iqr(seconds)[0] for name, seconds in times.items()}
-    spread = {name: f"{100 * median_and_half_iqr(seconds)[1] / median[name]:.1f} %" for name, seconds in times.items()}
-    original, peer = ORIGINAL_STEPS * median["original"], PEER_STEPS * median["peer"]
-    limit = operations / median["limit"] / 1e9
+    timed = {name: median_and_half_iqr(seconds) for name, seconds in times.items()}
+    spread = {name: f"{100 * half_iqr / median:.1f} %" for name, (median, half_iqr) in timed.items()}
+    original, peer = ORIGINAL_STEPS * timed["original"][0], PEER_STEPS * timed["peer"][0]
+    limit = operations / timed["limit"][0] / 1e9
     report(
         "time_to_accuracy",
         (
             *("epochs", "passes over the images", "n", "plain %", "6 views %", "seconds", "seconds at 425 GFLOP/s"),
             *("of the original's 20 epochs", "of airbench94_muon's 8 epochs"),
         ),
-        [row(runs, original, peer, limit) for runs in results],
-        [run for runs in results for run in runs],
+        [row(of_seeds, original, peer, limit) for of_seeds in results],
+        list(itertools.chain(*results)),
         seconds_of_the_original=round(original),
         seconds_of_airbench94_muon=round(peer),
-        gflops_of_the_largest_convolution=round(limit),
-        half_the_distance_of_their_quartiles=", ".join(spread.values()),
+        gflops_of_one_large_convolution=round(limit),
+        half_iqr_of_the_original=spread["original"],
+        half_iqr_of_airbench94_muon=spread["peer"],
+        half_iqr_of_the_convolution=spread["limit"],
     )
 
 

@@ -22,16 +22,20 @@ sys.path.insert(0, str(REPOSITORY))
 from config import FREE, Config  # noqa: E402
 from model import Net  # noqa: E402
 
-PARAMETERS = sum(p.numel() for p in Net().parameters())
 DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # settings as a metrics.json has them
 
 
 def is_default(run: dict) -> bool:
-    """Whether a run of `Net` by one process has the default settings, but for those that any may have, and its end."""
-    same = all(run["config"].get(field) == value for field, value in DEFAULT.items() if field not in (*FREE, "seed"))
-    same &= (run["network"], run["parameters"], run["processes"]) == ("Net", PARAMETERS, 1)
+    """Whether `Net` was trained to the end, by one process on a CPU, with the default settings but `FREE` and seed."""
+    wanted = {"network": "Net", "parameters": sum(p.numel() for p in Net().parameters()), "processes": 1}
+    settings = {field: value for field, value in DEFAULT.items() if field not in (*FREE, "seed")}
     epochs, rates = DEFAULT["epochs"], run["history"]["lr"]  # those of a run made longer afterwards are others
-    return same and rates == [DEFAULT["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
+    return (
+        run["runtime"].startswith("cpu")
+        and wanted.items() <= run.items()
+        and all(run["config"].get(field) == value for field, value in settings.items())
+        and rates == [DEFAULT["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
+    )
 
 
 def fault(notebook: nbformat.NotebookNode) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import plain_network
 from torch import nn
 
 from model import Net, Residual
@@ -106,23 +107,45 @@ def test_time_to_accuracy_times_the_baselines_before_each_length_and_at_the_end(
 
     def run(epochs: float, seed: int) -> dict[str, float]:
         calls.append(f"{epochs:g}")
-        return {"epochs": epochs, "seed": seed, "passes": epochs, "seconds": 1.0, "plain": 90.0, "averaged": 91.0}
+        return {"epochs": epochs, "seed": seed, "passes": epochs, "seconds": 10.0, "plain": 90.0, "averaged": 91.0}
+
+    def alternate(candidates: dict, rounds: int) -> dict[str, list[float]]:
+        calls.append("baselines")
+        return {"original": [0.1] * rounds, "peer": [2.0] * rounds, "limit": [0.5] * rounds}
 
     monkeypatch.setattr("common.FOLDER", tmp_path)
     monkeypatch.setattr(module, "run", run)
-    steps = {"original": lambda: calls.append("baselines"), "peer": lambda: None, "limit": lambda: None}
-    monkeypatch.setattr(module, "baselines", lambda: (steps, 1e9))
-    monkeypatch.setattr("sys.argv", ["time_to_accuracy.py"])
+    monkeypatch.setattr(module, "alternate", alternate)
+    monkeypatch.setattr(module, "baselines", lambda: (dict.fromkeys(("original", "peer", "limit")), 5e11))
+    monkeypatch.setattr("sys.argv", ["time_to_accuracy.py", "--seeds", "0", "1"])
     module.main()
-    in_turn = [call for call, before in zip(calls, [None, *calls], strict=False) if call != before]
-    assert in_turn == ["baselines", "0.4", "baselines", "0.5", "baselines", "1", "baselines", "9", "baselines"]
+    assert calls == [call for epochs in ("0.4", "0.5", "1", "9") for call in ("baselines", epochs, epochs)] + calls[:1]
     saved = json.loads((tmp_path / "time_to_accuracy.json").read_text())
     assert [row["epochs"] for row in saved["rows"]] == ["0.4", "0.5", "1", "9"]
-    assert [run["seed"] for run in saved["runs"]] == 4 * [0, 1, 2]
-    for refused in ("0.1", "1.5", "0"):
+    assert [run["seed"] for run in saved["runs"]] == 4 * [0, 1]
+    assert saved["seconds_of_the_original"] == 3125  # 20 epochs of 1,562.5 steps
+    assert saved["seconds_of_airbench94_muon"] == 400  # 8 epochs of 25 steps
+    assert saved["gflops_of_one_large_convolution"] == 1000
+    for refused in ("0.1", "1.5", "0", "inf", "nan"):
         monkeypatch.setattr("sys.argv", ["time_to_accuracy.py", "--epochs", refused])
         with pytest.raises(SystemExit):
             module.main()
+
+
+def test_a_part_of_an_epoch_leaves_out_images_and_is_trained_once(monkeypatch):
+    module = importlib.import_module("time_to_accuracy")
+    monkeypatch.setattr(module, "TRAIN_COUNT", 200)
+    monkeypatch.setattr(module, "Net", plain_network)
+    small = {"batch_size": 50, "workers": 0, "precision": "fp32"}
+    monkeypatch.setattr(module, "SHORT_SETTINGS", {**module.SHORT_SETTINGS, **small})
+    first = module.run(0.5, seed=1)
+    assert (first["epochs"], first["seed"], first["passes"]) == (0.5, 1, 0.5)
+    assert 0 < first["plain"] <= 100
+    assert 0 < first["averaged"] <= 100
+    record = json.loads(Path("runs/time-0.5-seed1/metrics.json").read_text())
+    assert (record["config"]["holdout"], record["config"]["skip"], record["config"]["padding"]) == (100, 0.6, 2)
+    assert module.run(0.5, seed=1) == first
+    assert module.run(4, seed=1)["passes"] == 2.8  # two whole epochs and two without 60 %
 
 
 def test_a_wider_network_keeps_its_layers():

@@ -167,6 +167,7 @@ def test_neither_can_they_share_one_image_that_skipping_leaves(monkeypatch):
     make_loaders(Config(batch_size=50))
     with pytest.raises(SettingError, match="leave none of them without images in the last batch of the 200 or 101"):
         make_loaders(Config(batch_size=50, skip=0.495))
+    make_loaders(Config(batch_size=50, skip=0.495, epochs=2))  # the first and the last, which skip nothing
 
 
 def test_a_restart_goes_on_with_the_run_of_its_own_launch_only(monkeypatch):

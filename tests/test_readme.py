@@ -47,11 +47,25 @@ def test_the_numbers_are_those_of_the_saved_runs(readme):
 def test_only_a_run_of_net_with_the_default_settings_goes_into_the_readme(readme):
     is_default, (run, *_) = importlib.import_module("collect").is_default, readme.saved_runs()
     assert is_default({**run, "config": {**run["config"], "seed": 7, "workers": 0}})
-    other = {"network": "MyNetwork", "parameters": 2_034_041, "processes": 2, "config": {**run["config"], "lr": 0.1}}
+    other = {"network": "MyNetwork", "parameters": 2_034_041, "processes": 2, "runtime": "cuda, bf16, channels_last"}
+    other |= {"config": {**run["config"], "lr": 0.1}}
     for field, value in other.items():
         assert not is_default({**run, field: value}), field
-    longer = {**run["history"], "lr": [rate * 1.01 for rate in run["history"]["lr"]]}
-    assert not is_default({**run, "history": longer})
+    rates = run["history"]["lr"]
+    for history in (rates[:-1], [*rates, 0.003], [rate * 1.01 for rate in rates]):
+        assert not is_default({**run, "history": {**run["history"], "lr": history}})
+
+
+def test_results_takes_runs_of_the_default_name_only(readme, tmp_path, monkeypatch):
+    collect, (run, *_) = importlib.import_module("collect"), readme.saved_runs()
+    monkeypatch.setattr(collect, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(collect, "RESULTS", tmp_path)
+    for seed, name in enumerate(("cifar10-seed0-20261126-072420", "ablation-20-dilation-off-seed1")):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({**run, "config": {**run["config"], "seed": seed}}))
+    collect.main()
+    assert [path.name for path in tmp_path.glob("*.json")] == ["cifar10-seed0.json"]
 
 
 def test_the_commands_of_a_training_made_longer_are_found_from_its_rates(readme):
