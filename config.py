@@ -19,6 +19,7 @@ from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, PADDING
 
 # Settings that do not change what a run computes, so that a resumed run may have others.
 FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")
+MAX_SKIP = 0.6  # of the images; `dataset.EpochSampler` draws them from two thirds
 
 
 class SettingError(ValueError):
@@ -74,7 +75,7 @@ class Config:
             "label_smoothing": (0, 0.99),
             "padding": (0, MAX_PADDING),
             "cutmix": (0, 1),
-            "skip": (0, 0.6),
+            "skip": (0, MAX_SKIP),
             "holdout": (0, 40_000),
             "seed": (0, 2**32 - 1),
             "workers": (0, 64),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from config import MAX_SKIP
 from storage import draw_synthetic, load_cifar10
 from transforms import DRAWN_FOR, PADDING, eval_transform, train_transform
 
@@ -139,8 +140,10 @@ class EpochSampler(Sampler):
     def __init__(
         self, size: int, seed: int = 0, rank: int = 0, ranks: int = 1, *, skip: float = 0.0, epochs: int = 0
     ) -> None:
-        if not 0 <= skip <= 0.6 or (skip and epochs < 1):
-            raise ValueError(f"skip must be from 0 to 0.6 and come with the number of epochs, got {skip}, {epochs}")
+        if not 0 <= skip <= MAX_SKIP or (skip and epochs < 1):
+            raise ValueError(
+                f"skip must be from 0 to {MAX_SKIP} and come with the number of epochs, got {skip}, {epochs}"
+            )
         self.size, self.seed, self.rank, self.ranks, self.skip, self.epochs = size, seed, rank, ranks, skip, epochs
         self.epoch = self.start = 0
         self.losses = torch.zeros(size)

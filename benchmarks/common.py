@@ -104,7 +104,7 @@ def report(
         "torch": torch.__version__,
         **notes,
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
-        **({"runs": [dict(run) for run in runs]} if runs else {}),
+        **({"runs": runs} if runs else {}),
     }
     (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
 

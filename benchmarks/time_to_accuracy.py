@@ -112,18 +112,12 @@ def main() -> None:
     if not all(0.2 <= epochs < 1 or (epochs >= 1 and epochs % 1 == 0) for epochs in arguments.epochs):
         parser.error("epochs are whole, or a part of one, at least a fifth")
     candidates, operations = baselines()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-
-    def time_baselines() -> None:
-        for name, seconds in alternate(candidates, 5).items():
-            times[name] += seconds
-
-    results = []
+    timings, results = [], []
     for epochs in arguments.epochs:
-        time_baselines()
+        timings.append(alternate(candidates, 5))
         results.append([run(epochs, seed) for seed in arguments.seeds])
-    time_baselines()
-    timed = {name: median_and_half_iqr(seconds) for name, seconds in times.items()}
+    timings.append(alternate(candidates, 5))
+    timed = {name: median_and_half_iqr(itertools.chain(*(seconds[name] for seconds in timings))) for name in candidates}
     spread = {name: f"{100 * half_iqr / median:.1f} %" for name, (median, half_iqr) in timed.items()}
     original, peer = ORIGINAL_STEPS * timed["original"][0], PEER_STEPS * timed["peer"][0]
     limit = operations / timed["limit"][0] / 1e9
