@@ -68,6 +68,7 @@ class CIFAR10(Dataset):
         if data not in ("cifar10", "synthetic"):
             raise ValueError(f"data must be 'cifar10' or 'synthetic', got {data!r}")
         self.padding = padding
+        self.augmentations = tuple(augment)
         self.augment = train_transform(augment, padding) if augment else None
         self.to_tensor = eval_transform()
         self.seed = seed
@@ -95,6 +96,10 @@ class CIFAR10(Dataset):
         tensors = self.to_tensor(images=images)["images"]  # (N, 3, 32, 32)
         return list(zip(tensors, self.labels[indices].tolist(), strict=True))
 
+    def draws(self, epoch: int, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The random numbers that these images' augmentation follows in an epoch, a row each: see `BatchTransform`."""
+        return _draws(self.seed, epoch, self._whole)[self._rows[indices]]
+
     def subset(self, indices: Sequence[int] | Tensor, augment: Sequence[str] = ()) -> "CIFAR10":
         """A copy that holds only these images, in this order, with its own choice of augmentations.
 
@@ -102,6 +107,7 @@ class CIFAR10(Dataset):
         """
         part = object.__new__(CIFAR10)
         part.__dict__.update(self.__dict__)
+        part.augmentations = tuple(augment)
         part.augment = train_transform(augment, self.padding) if augment else None
         part.images, part.labels, part._rows = self.images[indices], self.labels[indices], self._rows[indices]
         return part
@@ -211,9 +217,9 @@ def make_loader(
 
 def end_workers(loader: DataLoader) -> None:
     """Ends the processes of a loader now. An exception would keep them, and ending them later can take a minute."""
-    if loader._iterator is not None:
+    if iterator := getattr(loader, "_iterator", None):
         with contextlib.suppress(RuntimeError):  # of one that was killed
-            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            iterator._shutdown_workers()
 
 
 def _start_worker(worker: int) -> None:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 import distributed
 from config import Runtime, choose_runtime
 from errors import NonFiniteLossError
+from on_device import Captured
 
 
 @dataclasses.dataclass
@@ -48,6 +49,7 @@ def train_one_epoch(
     progress: bool | None = None,
     meter: Meter | None = None,
     after_step: Callable[[], None] | None = None,
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[float, float]:
     """One pass over `loader`, a step of optimizer and scheduler per batch.
 
@@ -59,6 +61,8 @@ def train_one_epoch(
         title: Stands before the bar.
         progress: Whether to show a bar; by default on a terminal and in a notebook.
         meter: Counts here, from where it stands: an epoch that was interrupted goes on, if the loader does so, too.
+        step: What is done with a batch, from `training_step`; by default made anew. For several epochs, make it once:
+            on a CUDA device it is captured as a graph.
         after_step: Called after every step, when all is in a state to be saved.
 
     Returns:
@@ -74,38 +78,57 @@ def train_one_epoch(
     model.train()
     meter = Meter(torch.zeros(2, device=runtime.device)) if meter is None else meter
     before, started = meter.seconds, time.perf_counter()
+    step = step or training_step(model, optimizer, runtime, label_smoothing)
     with _bar(title, loader, meter.images, progress) as bar:
         for images, labels in loader:
             images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
             if mix:
                 images, labels = mix(images, labels)
-            with runtime.autocast():
-                scores = model(images).float()  # (N, classes)
-            loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
-            sums, count = _sums(scores.detach(), labels), len(labels)
+            sums, losses = step(images, labels)
+            count = len(labels)
             if distributed.world_size() > 1:
-                whole = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([count])]))
-                loss = loss * count * distributed.world_size() / whole[2]  # a mean over images, not over processes
-                sums, count = whole[:2], int(whole[2])
+                count = int(distributed.sum_over_ranks(sums.new_tensor([count])))
             if meter.losses is not None:
-                losses = F.cross_entropy(scores.detach(), labels, reduction="none")
                 meter.losses.append(distributed.interleave_over_ranks(losses, count))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
             if scheduler:
                 scheduler.step()
             meter.sums += sums
             meter.steps += 1
             meter.images += count
             meter.seconds = before + time.perf_counter() - started
-            if meter.steps % 5 == 0:  # reading the sums makes a GPU wait
+            if meter.steps % (5 if runtime.device.type == "cpu" else 1000) == 0:  # reading the sums makes a GPU wait
                 mean_loss, accuracy = _means(meter, title)
                 bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1f}%", refresh=False)
             bar.update(count)
             if after_step:
                 after_step()
     return _means(meter, title)
+
+
+def training_step(
+    model: nn.Module, optimizer: Optimizer, runtime: Runtime, label_smoothing: float = 0.0
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What is done with a batch: forward, backward, and a step of the optimizer.
+
+    Takes images and labels, and returns the sums of `_sums` over all processes and the loss of each image, (B,).
+    """
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with runtime.autocast():
+            scores = model(images).float()  # (N, classes)
+        loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+        sums = _sums(scores.detach(), labels)
+        if distributed.world_size() > 1:
+            whole = distributed.sum_over_ranks(torch.cat([sums, sums.new_tensor([len(labels)])]))
+            loss = loss * len(labels) * distributed.world_size() / whole[2]  # a mean over images, not over processes
+            sums = whole[:2]
+        losses = F.cross_entropy(scores.detach(), labels, reduction="none")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return sums, losses
+
+    return Captured(step) if runtime.device.type == "cuda" and distributed.world_size() == 1 else step
 
 
 def _means(meter: Meter, title: str) -> tuple[float, float]:
@@ -143,7 +166,7 @@ def predict(model: nn.Module, loader: DataLoader, *, runtime: Runtime | None = N
         for images, batch_labels in loader:
             with runtime.autocast():
                 scores.append(model(runtime.place(images)).float().log_softmax(1).cpu())
-            labels.append(batch_labels)
+            labels.append(batch_labels.cpu())
     if not scores:
         raise ValueError("the loader gives no images")
     return torch.cat(scores), torch.cat(labels)

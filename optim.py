@@ -1,10 +1,12 @@
 """The optimizer: orthogonalised momentum for dense convolution filters, Adam for everything else."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,49 +50,78 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = _muon_step if group["orthogonal"] else _adam_step
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update(parameter, parameter.grad, self.state[parameter], group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if parameters:
+                (self._muon_step if group["orthogonal"] else self._adam_step)(parameters, gradients, group)
         return loss
 
+    def _muon_step(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        momenta = [self._state(p, "momentum_buffer") for p in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        directions = torch._foreach_add(gradients, momenta, alpha=group["momentum"])  # Nesterov
+        if group["rescale"]:
+            norms = torch._foreach_norm(parameters)
+            torch._foreach_clamp_min_(norms, 1e-7)
+            torch._foreach_reciprocal_(norms)
+            torch._foreach_mul_(norms, [len(p) ** 0.5 for p in parameters])
+            torch._foreach_mul_(parameters, norms)
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # matrices of one shape are multiplied together
+        for i, direction in enumerate(directions):
+            alike[direction.flatten(1).shape].append(i)
+        for places in alike.values():
+            steps = orthogonalize(torch.stack([directions[i].flatten(1) for i in places]))
+            for i, step in zip(places, steps, strict=True):
+                parameters[i].sub_(step.view_as(directions[i]) * group["lr"])
 
-def _muon_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
-    if not state:
-        state["momentum_buffer"] = torch.zeros_like(parameter)
-    momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-    direction = gradient.add(momentum, alpha=group["momentum"])  # Nesterov
-    if group["rescale"]:
-        parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp(min=1e-7))
-    parameter.add_(orthogonalize(direction.flatten(1)).view(parameter.shape), alpha=-group["lr"])
+    def _adam_step(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        on_cuda = parameters[0].is_cuda
+        adam(
+            parameters,
+            gradients,
+            [self._state(p, "mean") for p in parameters],
+            [self._state(p, "square") for p in parameters],
+            [],
+            [self._state(p, "steps", torch.zeros((), device=p.device)) for p in parameters],
+            foreach=not on_cuda,
+            fused=on_cuda,
+            capturable=on_cuda,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state(self, parameter: Tensor, name: str, start: Tensor | None = None) -> Tensor:
+        state = self.state[parameter]
+        if name == "steps" and "step" in state:  # of a checkpoint from before, an integer
+            state[name] = torch.tensor(float(state.pop("step")), device=parameter.device)
+        if name not in state:
+            state[name] = torch.zeros_like(parameter) if start is None else start
+        return state[name]
 
 
-def _adam_step(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
-    if not state:
-        state |= {"step": 0, "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
-    state["step"] += 1
-    beta1, beta2 = group["betas"]
-    mean = state["mean"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** state["step"])
-    square = state["square"].lerp_(gradient.square(), 1 - beta2) / (1 - beta2 ** state["step"])
-    parameter.sub_(mean / (square.sqrt() + group["eps"]), alpha=group["lr"])
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Nearly the orthogonal matrix nearest to each of `matrices` (..., M, N): singular values of about 1.
 
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Nearly the orthogonal matrix nearest to `matrix` (M, N): the same singular vectors, singular values about 1.
-
-    Three Newton-Schulz steps in bf16, with the coefficients of K. Jordan's Muon, chosen for the steepest rise from 0.
-    They bring singular values to 0.7 to 1.2, but for those below a fiftieth of the norm, which stay short: in the
-    gradient of a small batch they are noise.
+    Three Newton-Schulz steps, with the coefficients of K. Jordan's Muon, chosen for the steepest rise from 0. They
+    bring singular values to 0.7 to 1.2, but for those below a fiftieth of the norm, which stay short: in the gradient
+    of a small batch they are noise. In bf16, but in fp32 on GPUs that only emulate it (before Ampere).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)
-    if tall := len(x) > x.shape[1]:
-        x = x.T
+    emulated = matrices.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.float() if emulated else matrices.bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
     for _ in range(3):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def recipe_optimizer(model: nn.Module, lr: float = 0.12) -> Muon:

@@ -206,7 +206,9 @@ class Run:
             raise CheckpointError(f"{self.folder / 'last.pt'} does not fit this network: {error}") from error
         scheduler, groups = self.scheduler, self.optimizer.param_groups
         for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * factor(scheduler.last_epoch)  # another one if `epochs` has changed
+            rate = float(base) * factor(scheduler.last_epoch)  # another one if `epochs` has changed
+            device = group["params"][0].device
+            group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
         for field in NOTED:
             if result[field] != self.result[field]:
                 self.say(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit")

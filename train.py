@@ -20,9 +20,11 @@ import distributed
 from checkpoint import CheckpointError, StopRequest, stop_requests
 from config import Config, Runtime, SettingError, choose_runtime, keep_freed_memory, parse_args
 from dataset import CIFAR10, CLASSES, EpochSampler, end_workers, make_loader
-from engine import evaluate, predict, train_one_epoch
+from engine import evaluate, predict, train_one_epoch, training_step
 from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError, failure_of_the_machine
 from model import Net, WeightsError
+from on_device import AUGMENTATIONS as ON_DEVICE
+from on_device import DeviceLoader
 from optim import recipe_optimizer
 from runs import Run, after_restart, unused_folder
 from storage import DataError, prepare
@@ -30,8 +32,13 @@ from storage import DataError, prepare
 __all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "train_one_epoch"]
 
 
-def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, DataLoader]:
-    """The training loader and the test loader (or that of the held-out training images) for these settings."""
+def make_loaders(
+    config: Config, pin_memory: bool = False, device: torch.device | None = None
+) -> tuple[DataLoader, DataLoader]:
+    """The training loader and the test loader (or that of the held-out training images) for these settings.
+
+    On a CUDA `device` the images live there and are drawn there, where their augmentations can be: see `DeviceLoader`.
+    """
     source: dict[str, Any] = {"data": config.data, "data_dir": config.data_dir, "seed": config.seed}
     train_set = CIFAR10(train=True, augment=config.augment, padding=config.padding, **source)
     if config.holdout:
@@ -52,6 +59,11 @@ def make_loaders(config: Config, pin_memory: bool = False) -> tuple[DataLoader, 
             f"batch_size must be a multiple of the {ranks} processes and leave none of them without images in the last "
             f"batch of the {size}{f' or {shorter}' if shorter < size else ''}, got {config.batch_size}"
         )
+    if device is not None and device.type == "cuda" and set(config.augment) <= ON_DEVICE:
+        sampler = EpochSampler(size, config.seed, distributed.rank(), ranks, skip=config.skip, epochs=config.epochs)
+        parts = (train_set, sampler), (test_set, range(distributed.rank(), len(test_set), ranks))
+        loaders: Any = [DeviceLoader(part, config.batch_size, order, device) for part, order in parts]
+        return loaders[0], loaders[1]
     options: dict[str, Any] = {"batch_size": config.batch_size, "pin_memory": pin_memory}
     options |= {"rank": distributed.rank(), "ranks": ranks}
     return (
@@ -110,8 +122,11 @@ def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bo
     model.to(runtime.device)
     if runtime.channels_last:
         model.to(memory_format=torch.channels_last)
-    train_loader, test_loader = make_loaders(config, pin_memory=runtime.device.type == "cuda")
+    train_loader, test_loader = make_loaders(config, runtime.device.type == "cuda", runtime.device)
     optimizer = recipe_optimizer(model, config.lr)
+    if runtime.device.type == "cuda":  # for the graph, which reads the rates from there
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=runtime.device)
     sampler = cast(EpochSampler, train_loader.sampler)
     lengths = (math.ceil(sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs))
     ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
@@ -159,6 +174,7 @@ def _run_epochs(
             distributed.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
             raise StoppedError(run.how_it_stopped(), stop)
 
+    step = training_step(network, run.optimizer, runtime, config.label_smoothing)
     for epoch in range(run.epochs + 1, config.epochs + 1):
         title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
         train_loss, train_accuracy = train_one_epoch(
@@ -173,6 +189,7 @@ def _run_epochs(
             progress=progress,
             meter=run.meter,
             after_step=after_step,
+            step=step,
         )
         if run.meter.losses is not None:
             run.sampler.note(epoch - 1, torch.cat(run.meter.losses))

@@ -21,6 +21,22 @@ STD = (0.2470, 0.2435, 0.2616)
 PADDING = 4  # pixels on each side before the crop, by default
 MAX_PADDING = 31  # a side of 32 has no more to reflect
 HOLE = 8  # pixels, the side of the square that cutout covers
+HOLE_COLOUR = np.rint(255 * np.array(MEAN)).astype(np.uint8)
+
+
+def crop_corners(draws: np.ndarray, padding: int) -> np.ndarray:
+    """Where in the padded image the crop begins, int64 (N, 2) as (y, x), for draws (N, 2)."""
+    return (draws * (2 * padding + 1)).astype(np.int64)
+
+
+def hole_corners(draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Where the square that cutout covers begins, int64 (N, 2) as (y, x), for draws (N, 2) and images of this size."""
+    return (draws * (np.array(size) - HOLE + 1)).astype(np.int64)
+
+
+def is_flipped(draws: np.ndarray) -> np.ndarray:
+    """Whether an image is mirrored, bool, for draws of the same shape."""
+    return draws >= 0.5
 
 
 class BatchTransform(A.ImageOnlyTransform):
@@ -64,7 +80,7 @@ class Crop(BatchTransform):
     def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         (height, width), sides = images.shape[1:3], (self.padding, self.padding)
         padded = np.pad(images, ((0, 0), sides, sides, (0, 0)), mode="reflect")
-        corners = (draws * (2 * self.padding + 1)).astype(int).tolist()
+        corners = crop_corners(draws, self.padding).tolist()
         return np.stack([image[y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)])
 
 
@@ -74,7 +90,7 @@ class Flip(BatchTransform):
     name, numbers = "flip", 1
 
     def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
-        return np.where(draws[:, :, None, None] < 0.5, images, images[:, :, ::-1])
+        return np.where(is_flipped(draws)[:, :, None, None], images[:, :, ::-1], images)
 
 
 class OneByOne(BatchTransform):
@@ -147,10 +163,8 @@ class Cutout(BatchTransform):
 
     def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         images = images.copy()
-        corners = (draws * (np.array(images.shape[1:3]) - HOLE + 1)).astype(int).tolist()
-        colour = np.rint(255 * np.array(MEAN)).astype(np.uint8)
-        for image, (y, x) in zip(images, corners, strict=True):
-            image[y : y + HOLE, x : x + HOLE] = colour
+        for image, (y, x) in zip(images, hole_corners(draws, images.shape[1:3]).tolist(), strict=True):
+            image[y : y + HOLE, x : x + HOLE] = HOLE_COLOUR
         return images
 
 

@@ -1,0 +1,127 @@
+"""Training where the images are: batches drawn on the device itself, and steps replayed as CUDA graphs."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import CIFAR10, EpochSampler
+from transforms import DRAWN_FOR, HOLE, HOLE_COLOUR, MEAN, STD, crop_corners, hole_corners, is_flipped
+
+AUGMENTATIONS = {"crop", "flip", "cutout"}  # what can be done here
+EAGER_STEPS = 3  # before a step is captured, so that whatever is allocated or tuned at first is outside of the graph
+
+
+class DeviceLoader:
+    """The batches of `make_loader`, made on the device: float32 (B, 3, H, W) in channels_last, and labels int64 (B,).
+
+    The uint8 images are moved there once; crop, flip and cutout follow the draws that the Dataset's own transforms
+    follow, so the images before normalisation are the same, bit for bit.
+
+    Args:
+        dataset: Its augmentations must be among "crop", "flip" and "cutout".
+        batch_size: Of all processes together; each makes its own part.
+        sampler: As in `make_loader`.
+        device: Where to.
+    """
+
+    def __init__(self, dataset: CIFAR10, batch_size: int, sampler: EpochSampler | range, device: torch.device) -> None:
+        self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
+        self.ranks = sampler.ranks if isinstance(sampler, EpochSampler) else sampler.step
+        images = dataset.images.numpy()
+        if "crop" in dataset.augmentations:
+            sides = (dataset.padding, dataset.padding)
+            images = np.pad(images, ((0, 0), sides, sides, (0, 0)), mode="reflect")
+        self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
+        self.labels = dataset.labels.to(device)
+        self.size = (dataset.images.shape[1], dataset.images.shape[2])
+        self.mean, self.std = (255 * torch.tensor(values, device=device) for values in (MEAN, STD))
+        self.colour = torch.from_numpy(HOLE_COLOUR).to(device)
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // (self.batch_size // self.ranks))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        keys = [key if isinstance(key, tuple) else (0, key) for key in self.sampler]
+        indices = np.array([index for _, index in keys])
+        order = self._moved(indices)
+        rows = {name: self._moved(values) for name, values in self._places(keys[0][0], indices).items()} if keys else {}
+        share = self.batch_size // self.ranks
+        for part in (slice(start, start + share) for start in range(0, len(keys), share)):
+            images = self.augmented(order[part], {name: values[part] for name, values in rows.items()})
+            yield self.normalized(images), self.labels[order[part]]
+
+    def _moved(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.images.device)
+
+    def _places(self, epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """What the draws come to: for crop and cutout, corners int64 (N, 2) as (y, x); for flip, bool (N,)."""
+        if not self.dataset.augmentations:
+            return {}
+        draws = self.dataset.draws(epoch, indices)
+        draw = {name: draws[:, [other == name for other in DRAWN_FOR]] for name in self.dataset.augmentations}
+        places = {
+            "crop": lambda: crop_corners(draw["crop"], self.dataset.padding),
+            "flip": lambda: is_flipped(draw["flip"])[:, 0],
+            "cutout": lambda: hole_corners(draw["cutout"], self.size),
+        }
+        return {name: places[name]() for name in draw}
+
+    def augmented(self, batch: Tensor, rows: dict[str, Tensor]) -> Tensor:
+        """The images at the indices `batch` (B,), after augmentation, uint8 (B, H, W, 3)."""
+        y, x = (torch.arange(side, device=batch.device).expand(len(batch), side) for side in self.size)
+        down, across = y, x
+        if "flip" in rows:
+            across = torch.where(rows["flip"][:, None], self.size[1] - 1 - x, x)
+        if "crop" in rows:
+            down, across = down + rows["crop"][:, :1], across + rows["crop"][:, 1:]
+        images = self.images[batch[:, None, None], down[:, :, None], across[:, None, :]]
+        if "cutout" in rows:
+            inside = [
+                (line >= rows["cutout"][:, i : i + 1]) & (line < rows["cutout"][:, i : i + 1] + HOLE)
+                for i, line in enumerate((y, x))
+            ]
+            hole = inside[0][:, :, None, None] & inside[1][:, None, :, None]
+            images = torch.where(hole, self.colour, images)
+        return images
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), laid out in channels_last."""
+        return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class Captured:
+    """A function of tensors on a CUDA device, replayed as one CUDA graph for each shape of its arguments.
+
+    A step of a small network is some hundreds of short kernels, and starting them takes longer than running them; a
+    graph starts them all at once. What it returns is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.calls: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        key = tuple((argument.shape, argument.dtype) for argument in arguments)
+        self.calls[key] += 1
+        if self.calls[key] <= EAGER_STEPS:
+            aside = torch.cuda.Stream()  # as torch.cuda.graph captures on
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                result = self.function(*arguments)
+            torch.cuda.current_stream().wait_stream(aside)
+            return result
+        if key not in self.graphs:
+            graph, static = torch.cuda.CUDAGraph(), tuple(argument.clone() for argument in arguments)
+            with torch.cuda.graph(graph):
+                result = self.function(*static)
+            self.graphs[key] = graph, static, result
+        graph, static, result = self.graphs[key]
+        for held, argument in zip(static, arguments, strict=True):
+            held.copy_(argument)
+        graph.replay()
+        return result
