@@ -26,7 +26,7 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 # Out of reach (status 3), CIFAR-10 gives way to the drawn stand-in; damaged, it stops the run. The terminal gets a line
 # per epoch; the bars, which only a person in front of the notebook can see, stay out of the saved one.
 run: $(READY)
-	@mkdir -p runs; $(BIN)/python storage.py; status=$$?; parameters="$(PARAMETERS)"; \
+	@mkdir -p runs; $(BIN)/python -m machinery.data; status=$$?; parameters="$(PARAMETERS)"; \
 	if [ $$status = 3 ]; then \
 		echo; echo "CIFAR-10 is out of reach: running on the synthetic stand-in instead, 2 epochs."; \
 		parameters="-p data synthetic -p epochs $(or $(EPOCHS),2)"; \

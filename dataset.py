@@ -1,20 +1,26 @@
 """CIFAR-10 as a torch Dataset with Albumentations transforms, and the loaders that feed the training loop."""
 
-import contextlib
-import functools
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from config import MAX_SKIP
-from storage import draw_synthetic, load_cifar10
-from transforms import DRAWN_FOR, PADDING, eval_transform, train_transform
+from machinery import processes
+from machinery.errors import SettingError
+from machinery.images import Images, augmentation, hole_colour
+from machinery.loading import DeviceLoader, start_worker
+from machinery.sampling import AUGMENTATIONS, DEFAULT_AUGMENT, PADDING, EpochSampler
+from machinery.settings import Config
+
+if TYPE_CHECKING:
+    import albumentations as A
+
+__all__ = ["AUGMENTATIONS", "CIFAR10", "CLASSES", "DEFAULT_AUGMENT", "MEAN", "SIZE", "STD", "Images", "cutmix"]
+__all__ += ["denormalize", "eval_transform", "make_loader", "make_loaders", "train_transform"]
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Of the classes in pictures, in their order; colour-blind safe (Petroff, "Accessible color sequences", 2021).
@@ -23,206 +29,212 @@ CLASS_COLOURS = (
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 )
 SIZE = 32  # pixels, height and width
-FLIPS, ORDER, AUGMENTATION, SKIP = 1, 2, 3, 4  # stand behind the seed, so that no two uses draw the same numbers
+# Of the 50,000 training images, per channel (RGB), on the scale 0-1.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
 
 
-class CIFAR10(Dataset):
-    """CIFAR-10, or its synthetic stand-in, in memory: `dataset[i]` -> (float32 (3, 32, 32) normalised, label 0-9).
-
-    The augmentation of an image depends on (seed, epoch, i) alone, never on the worker, the batch or the calls
-    before. `dataset[i]` is the draw of epoch 0, and `dataset[epoch, i]` that of any other: the sampler of
-    `make_loader` passes these pairs, so epochs differ without any state shared with the workers. A loader of your own
-    that passes plain indices would repeat epoch 0: give it `sampler=EpochSampler(len(dataset))` instead of `shuffle`.
-
-    Flips alternate: half of the images are mirrored in even epochs and the other half in odd ones, so two epochs in
-    a row show every image from both sides, where independent draws would repeat half of them (K. Jordan, 2024).
+class CIFAR10(Images):
+    """CIFAR-10, or its drawn stand-in, with the interface of `torchvision.datasets.CIFAR10`; see `Images`.
 
     Args:
+        root: Where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at, see `machinery.data.prepare`.
         train: The 50,000 training images, else the 10,000 test images.
-        augment: Names of augmentations, see `train_transform`; none by default.
-        data: "cifar10", or "synthetic" for the drawn stand-in (see `storage.draw_synthetic`).
-        data_dir: Where CIFAR-10 is, see `storage.prepare`.
-        seed: Of the augmentation, >= 0.
-        padding: By how many pixels the augmentation "crop" moves an image at most.
-
-    Attributes:
-        images: uint8 (N, 32, 32, 3), RGB 0-255. A tensor, which the workers share instead of copying.
-        labels: int64 (N,).
-        classes: The ten names; those of the stand-in are "synthetic 0" ... "synthetic 9".
+        transform: See `Images`.
+        target_transform: A function of the label.
+        download: Whether it may be downloaded if it is not there.
+        augment: See `Images`.
+        data: "cifar10", or "synthetic" for drawn pictures, whose classes are "synthetic 0" ... "synthetic 9".
+        seed: See `Images`.
+        padding: See `Images`.
 
     Raises:
-        ValueError: `data` or a name in `augment` is unknown, or `padding` is out of range where `augment` is given.
-        storage.DataError: CIFAR-10 is missing or damaged.
+        ValueError: As `Images` does; or `data` is unknown.
+        machinery.errors.DataError: CIFAR-10 is missing or damaged.
     """
 
     def __init__(
         self,
+        root: str | Path | None = None,
         train: bool = True,
-        augment: Sequence[str] = (),
+        transform: Callable[..., Any] | None = None,
+        target_transform: Callable[[int], int] | None = None,
+        download: bool = True,
         *,
+        augment: Sequence[str] = (),
         data: str = "cifar10",
-        data_dir: str | Path | None = None,
         seed: int = 0,
         padding: int = PADDING,
     ) -> None:
+        from machinery import data as files  # noqa: PLC0415  torchvision takes a second to import
+
         if data not in ("cifar10", "synthetic"):
             raise ValueError(f"data must be 'cifar10' or 'synthetic', got {data!r}")
-        self.padding = padding
-        self.augmentations = tuple(augment)
-        self.augment = train_transform(augment, padding) if augment else None
-        self.to_tensor = eval_transform()
-        self.seed = seed
-        self.classes = CLASSES if data == "cifar10" else tuple(f"synthetic {k}" for k in range(10))
-        images, labels = load_cifar10(train, data_dir) if data == "cifar10" else draw_synthetic(train)
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
-        self._whole = len(images)
-        self._rows: np.ndarray = np.arange(len(images))  # where they stand in the whole set; a subset keeps them
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[tuple[Tensor, int]]:
-        """A whole batch at once, which the DataLoader calls: one normalisation instead of one per image."""
-        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        indices = [range(len(self))[i] for _, i in pairs]  # negative ones count from the end, as in a list
-        images = self.images[indices].numpy()
-        if self.augment:
-            rows = zip(pairs, self._rows[indices], strict=True)
-            draws = np.stack([_draws(self.seed, epoch, self._whole)[row] for (epoch, _), row in rows])
-            images = self.augment(images=images, draws=draws)["images"]
-        tensors = self.to_tensor(images=images)["images"]  # (N, 3, 32, 32)
-        return list(zip(tensors, self.labels[indices].tolist(), strict=True))
-
-    def draws(self, epoch: int, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The random numbers that these images' augmentation follows in an epoch, a row each: see `BatchTransform`."""
-        return _draws(self.seed, epoch, self._whole)[self._rows[indices]]
-
-    def subset(self, indices: Sequence[int] | Tensor, augment: Sequence[str] = ()) -> "CIFAR10":
-        """A copy that holds only these images, in this order, with its own choice of augmentations.
-
-        An image keeps its draws: they depend on where it stands in the whole set.
-        """
-        part = object.__new__(CIFAR10)
-        part.__dict__.update(self.__dict__)
-        part.augmentations = tuple(augment)
-        part.augment = train_transform(augment, self.padding) if augment else None
-        part.images, part.labels, part._rows = self.images[indices], self.labels[indices], self._rows[indices]
-        return part
+        real = data == "cifar10"
+        images, labels = files.load_cifar10(train, root, download) if real else files.draw_synthetic(train)
+        if target_transform:
+            labels = np.array([target_transform(label) for label in labels.tolist()])
+        classes = CLASSES if real else tuple(f"synthetic {k}" for k in range(10))
+        options: dict[str, Any] = {"transform": transform, "augment": augment, "seed": seed, "padding": padding}
+        super().__init__(images, labels, classes, mean=MEAN, std=STD, **options)
 
 
-@functools.lru_cache(maxsize=2)
-def _draws(seed: int, epoch: int, size: int) -> np.ndarray:
-    """What `BatchTransform` takes, a row for each of `size` images. Those of the flips alternate."""
-    draws = np.random.default_rng((seed, AUGMENTATION, epoch)).random((size, len(DRAWN_FOR)))
-    sides = np.random.default_rng((seed, FLIPS)).integers(2, size=size)
-    draws[:, DRAWN_FOR.index("flip")] = (epoch + sides) % 2 / 2
-    return draws
+def train_transform(
+    augment: Sequence[str] = DEFAULT_AUGMENT, padding: int = PADDING, mean: tuple[float, ...] = MEAN
+) -> "A.Compose":
+    """The random part of the default transform; Albumentations, called with `images` and `draws`.
 
-
-class EpochSampler(Sampler):
-    """Without `skip`, every index once per epoch, in an order of (seed, epoch) alone, as pairs (epoch, index).
-
-    Each pass over it is the next epoch; set `epoch` to go to another, and `start` to leave out the first images of
-    the next pass, because they were met before an interruption. Of several processes (`ranks`) each gets every
-    `ranks`-th image, so that together they have all, and in each step the images that one process alone would have.
-
-    With `skip`, from 0 to 0.6, all but the first and the last of `epochs` leave out this share of the images, drawn
-    from the two thirds on which the network had the smallest `losses` when it last met them: a short training learns
-    more per second from the others, and the last epoch shows every image once more. (Learning from the hard images:
-    Jiang et al., "Accelerating deep learning by focusing on the biggest losers", 2019, and K. Jordan's airbench96,
-    2024; drawing among the easy ones: Qin et al., "InfoBatch", 2024, who give those that are kept more weight.)
-
-    Attributes:
-        losses: float32 (size,), in nats, of every image when it was last met. With `skip`, whoever trains gives them
-            to `note` after each epoch.
+    Args:
+        augment: At least one of "crop", "flip", "affine", "trivial" and "cutout"; they are applied in this order.
+        padding: By how many pixels "crop" moves an image at most, 0 to 31.
+        mean: Of each channel, 0-1; the colour with which "cutout" covers.
 
     Raises:
-        ValueError: `skip` is out of range, or comes without `epochs`.
+        ValueError: A name is not among these, there is none, or `padding` is out of range.
     """
+    return augmentation().random_part(augment, padding, hole_colour(mean))
 
-    def __init__(
-        self, size: int, seed: int = 0, rank: int = 0, ranks: int = 1, *, skip: float = 0.0, epochs: int = 0
-    ) -> None:
-        if not 0 <= skip <= MAX_SKIP or (skip and epochs < 1):
-            raise ValueError(
-                f"skip must be from 0 to {MAX_SKIP} and come with the number of epochs, got {skip}, {epochs}"
-            )
-        self.size, self.seed, self.rank, self.ranks, self.skip, self.epochs = size, seed, rank, ranks, skip, epochs
-        self.epoch = self.start = 0
-        self.losses = torch.zeros(size)
 
-    def __len__(self) -> int:
-        return len(range(self.rank, self.count(self.epoch), self.ranks))
+def eval_transform(mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> "A.Compose":
+    """The fixed part, after the random one or alone: uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32), normalised.
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, start, self.epoch, self.start = self.epoch, self.start, self.epoch + 1, 0
-        return ((epoch, int(i)) for i in self.order(epoch)[start:][self.rank :: self.ranks])
+    Called with `images=` on a whole batch, or with `image=` on one.
+    """
+    return augmentation().fixed_part(mean, std)
 
-    def count(self, epoch: int) -> int:
-        """How many images the epoch, from 0, has for all processes together."""
-        return self.size - (int(self.skip * self.size) if 0 < epoch < self.epochs - 1 else 0)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The indices that all processes together meet in the epoch, from 0; with `skip`, by the losses known now."""
-        order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.size)
-        if left_out := self.size - self.count(epoch):
-            easy = self.losses.argsort(stable=True)[: 2 * self.size // 3].numpy()
-            draw = np.random.default_rng((self.seed, SKIP, epoch)).choice(easy, left_out, replace=False)
-            order = order[~np.isin(order, draw)]
-        return order
-
-    def note(self, epoch: int, losses: Tensor) -> None:
-        """Takes the losses of the epoch's images, in their order, float (count(epoch),)."""
-        self.losses[torch.from_numpy(self.order(epoch))] = losses.float().cpu()
+def denormalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> np.ndarray:
+    """Normalised float (N, 3, H, W) -> uint8 (N, H, W, 3) RGB 0-255, for people to look at."""
+    scale, shift = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
+    return (
+        ((images.detach().cpu().float() * scale + shift) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    )
 
 
 def make_loader(
-    dataset: CIFAR10,
+    dataset: Dataset,
     batch_size: int,
     *,
     train: bool,
     workers: int = 0,
     pin_memory: bool = False,
+    seed: int = 0,
     rank: int = 0,
     ranks: int = 1,
     skip: float = 0.0,
     epochs: int = 0,
 ) -> DataLoader:
-    """Batches (float32 (B, 3, 32, 32), int64 (B,)): shuffled anew each epoch if `train`, else in order.
+    """Batches (float32 (B, 3, H, W), int64 (B,)): shuffled anew each epoch if `train`, else in order.
 
     The last batch is smaller where `batch_size` does not divide the dataset; but for `skip`, which with `epochs` is as
     in `EpochSampler`, no image is left out. The batches are the same for any number of workers. These live as long as
     the loader, so that an epoch starts at once. Of several processes (`ranks`, which must divide `batch_size`) each
     gets its share of every batch.
+
+    Args:
+        dataset: `Images`, or any other map-style Dataset; what that draws at random is repeated by the seed, too.
+        batch_size: Of all processes together.
+        train: Whether to shuffle.
+        workers: Processes that prepare batches.
+        pin_memory: As in DataLoader.
+        seed: Of order and augmentation; `Images` have their own.
     """
-    size = len(dataset)
+    size = len(dataset)  # type: ignore[arg-type]
+    seed = dataset.seed if isinstance(dataset, Images) else seed
     return DataLoader(
-        dataset,
+        dataset if isinstance(dataset, Images) or not train else seeded(dataset, seed),
         batch_size // ranks,
         sampler=(
-            EpochSampler(size, dataset.seed, rank, ranks, skip=skip, epochs=epochs)
-            if train
-            else range(rank, size, ranks)
+            EpochSampler(size, seed, rank, ranks, skip=skip, epochs=epochs) if train else range(rank, size, ranks)
         ),
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each epoch would draw from the state that dropout draws from
     )
 
 
-def end_workers(loader: DataLoader) -> None:
-    """Ends the processes of a loader now. An exception would keep them, and ending them later can take a minute."""
-    if iterator := getattr(loader, "_iterator", None):
-        with contextlib.suppress(RuntimeError):  # of one that was killed
-            iterator._shutdown_workers()
+def cutmix(share: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """What `train_one_epoch` takes as `mix`: CutMix (Yun et al., 2019) of this share of the batches; None for 0."""
+    if not share:
+        return None
+    from torchvision.transforms import v2  # noqa: PLC0415  as in `CIFAR10`
+
+    return v2.RandomApply([v2.CutMix(num_classes=num_classes)], share)
 
 
-def _start_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes, but for the training one to answer
-        signal.signal(number, signal.SIG_IGN)
-    cv2.setNumThreads(0)  # OpenCV's threads would fight those of training for the cores
+def seeded(dataset: Dataset, seed: int) -> Dataset:
+    """The dataset as `make_loader` reads it: see `machinery.pipeline.Seeded`."""
+    from machinery.pipeline import Seeded  # noqa: PLC0415  as in `CIFAR10`
+
+    return Seeded(dataset, seed)
+
+
+def make_loaders(
+    config: Config,
+    device: torch.device | None = None,
+    train_set: Dataset | None = None,
+    test_set: Dataset | None = None,
+) -> tuple[DataLoader, DataLoader]:
+    """The training loader and the test loader (or that of the held-out training images) for these settings.
+
+    On a CUDA `device` the images live there and are drawn there, where their augmentations can be: see `DeviceLoader`.
+
+    Raises:
+        SettingError: A setting does not fit the data.
+        machinery.errors.DataError: CIFAR-10 is missing or damaged.
+    """
+    train_set, test_set = _sets(config, train_set, test_set)
+    size, ranks = len(train_set), processes.world_size()  # type: ignore[arg-type]
+    if config.batch_size > size:
+        raise SettingError(f"batch_size must be at most the {size} training images, got {config.batch_size}")
+    # Those of the second epoch, the first that may skip.
+    shorter = EpochSampler(size, skip=config.skip, epochs=config.epochs).count(1)
+    if config.batch_size % ranks or any(0 < images % config.batch_size < ranks for images in (size, shorter)):
+        raise SettingError(
+            f"batch_size must be a multiple of the {ranks} processes and leave none of them without images in the last "
+            f"batch of the {size}{f' or {shorter}' if shorter < size else ''}, got {config.batch_size}"
+        )
+    options: dict[str, Any] = {"rank": processes.rank(), "ranks": ranks}
+    length: dict[str, Any] = {"skip": config.skip, "epochs": config.epochs}
+    if device is not None and device.type == "cuda" and all(map(DeviceLoader.can_draw, (train_set, test_set))):
+        sampler = EpochSampler(size, config.seed, **options, **length)
+        parts: Any = (train_set, sampler), (test_set, range(processes.rank(), len(test_set), ranks))  # type: ignore[arg-type]
+        loaders: Any = [DeviceLoader(part, config.batch_size, order, device) for part, order in parts]
+        return loaders[0], loaders[1]
+    options |= {"batch_size": config.batch_size, "seed": config.seed}
+    options["pin_memory"] = device is not None and device.type == "cuda"
+    return (
+        make_loader(train_set, train=True, workers=config.workers, **options, **length),
+        make_loader(test_set, train=False, **options),
+    )
+
+
+def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -> tuple[Any, Any]:
+    """What to train on and what to test on: CIFAR-10 as the settings say, or what the user brought."""
+    source: dict[str, Any] = {"data": config.data, "root": config.data_dir, "seed": config.seed}
+    if train_set is None:
+        if config.data == "cifar10":
+            from machinery.data import prepare  # noqa: PLC0415  as in `CIFAR10`
+
+            processes.once_per_machine(lambda: prepare(config.data_dir))
+        train_set = CIFAR10(train=True, augment=config.augment, padding=config.padding, **source)
+        if not config.holdout:
+            return train_set, CIFAR10(train=False, **source)
+    if not config.holdout:
+        if test_set is None:
+            raise SettingError(
+                "a train_set of your own needs a test_set beside it, or holdout, which keeps a part of it aside"
+            )
+        return train_set, test_set
+    if test_set is not None:
+        raise SettingError("holdout tests on training images instead of the test_set; give one of them")
+    size: int = len(train_set)  # type: ignore[arg-type]
+    if config.holdout >= size:
+        raise SettingError(f"holdout must be below the {size} training images, got {config.holdout}")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(2034040))
+    inside, outside = order[config.holdout :], order[: config.holdout]
+    if isinstance(train_set, Images):
+        return train_set.subset(inside, train_set.augment), train_set.subset(outside)
+    return Subset(train_set, inside.tolist()), Subset(train_set, outside.tolist())

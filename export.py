@@ -11,10 +11,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dataset import CIFAR10, CLASSES, SIZE
+from dataset import CIFAR10, CLASSES, MEAN, SIZE, STD
+from machinery.errors import DataError, DataUnreachableError
 from predict import parse_with_network
-from storage import DataError, DataUnreachableError
-from transforms import MEAN, STD
 
 TOLERANCE = 1e-4  # between log-probabilities, natural
 BATCHES = (1, 7, 500)  # images, to see that any number will do
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data")
     options, model = parse_with_network(parser, arguments)
     try:
-        data, name = CIFAR10(train=False, data_dir=options.data_dir), "the test set"
+        data, name = CIFAR10(options.data_dir, train=False), "the test set"
     except DataUnreachableError:
         data, name = CIFAR10(train=False, data="synthetic"), "drawn pictures, for CIFAR-10 is out of reach"
     except DataError as error:

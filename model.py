@@ -96,7 +96,7 @@ class Net(nn.Module):
         if not x.is_floating_point():
             raise ValueError(
                 f"expected normalised float images, got {x.dtype}; scale them to 0-1, subtract MEAN and divide by STD, "
-                "both in this repository's transforms.py"
+                "both in this repository's dataset.py"
             )
         x = self.c4(self.c3(self.c2(self.c1(x))))  # (N, 186, ceil((H - 1) / 8), ceil((W - 1) / 8))
         return self.fc(self.gap(x).flatten(1)).float()

@@ -17,10 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 
-from dataset import CLASS_COLOURS, CLASSES, SIZE
-from engine import answering
+from dataset import CLASS_COLOURS, CLASSES, SIZE, eval_transform
+from machinery.runtime import answering
 from model import Net, WeightsError
-from transforms import eval_transform
 
 BATCH = 256
 TOP = range(1, len(CLASSES) + 1)  # how many classes of a picture may be shown

@@ -1,78 +1,165 @@
-"""Training: `fit`, which puts settings, data, network, optimizer and loops together.
+"""Training: `train_one_epoch`, `evaluate` and `predict`, and `fit`, which makes a whole run of them.
 
 From a notebook: `history = fit(Config(epochs=4), model)`. From a terminal: `python train.py --epochs 4`.
 """
 
-import itertools
-import math
 import os
 import sys
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-import distributed
-from checkpoint import CheckpointError, StopRequest, stop_requests
-from config import Config, Runtime, SettingError, choose_runtime, keep_freed_memory, parse_args
-from dataset import CIFAR10, CLASSES, EpochSampler, end_workers, make_loader
-from engine import evaluate, predict, train_one_epoch, training_step
-from errors import MachineError, NonFiniteLossError, StoppedError, UnsavedError, failure_of_the_machine
+from dataset import CLASSES, cutmix, make_loaders
+from machinery import processes
+from machinery.errors import (
+    CheckpointError,
+    DataError,
+    MachineError,
+    NonFiniteLossError,
+    SettingError,
+    StoppedError,
+    UnsavedError,
+)
+from machinery.meter import Meter
+from machinery.optim import recipe_optimizer
+from machinery.run import running
+from machinery.runtime import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of
+from machinery.settings import Config, parse_args, resumed
 from model import Net, WeightsError
-from on_device import AUGMENTATIONS as ON_DEVICE
-from on_device import DeviceLoader
-from optim import recipe_optimizer
-from runs import Run, after_restart, unused_folder
-from storage import DataError, prepare
 
-__all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "train_one_epoch"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "resumed", "train_one_epoch", "training_step"]
+__all__ += ["choose_runtime", "describe_hardware", "recipe_optimizer"]
+__all__ += ["CheckpointError", "DataError", "MachineError", "NonFiniteLossError", "SettingError", "StoppedError"]
+__all__ += ["UnsavedError", "WeightsError"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, 3, H, W), normalised, and labels, int64 (N,)
 
 
-def make_loaders(
-    config: Config, pin_memory: bool = False, device: torch.device | None = None
-) -> tuple[DataLoader, DataLoader]:
-    """The training loader and the test loader (or that of the held-out training images) for these settings.
+def train_one_epoch(
+    model: nn.Module,
+    loader: Batches,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    *,
+    runtime: Runtime | None = None,
+    label_smoothing: float = 0.0,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    title: str = "train",
+    progress: bool | None = None,
+    meter: Meter | None = None,
+    after_step: Callable[[], None] | None = None,
+    step: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+) -> tuple[float, float]:
+    """One pass over `loader`, a step of optimizer and scheduler per batch.
 
-    On a CUDA `device` the images live there and are drawn there, where their augmentations can be: see `DeviceLoader`.
+    Args:
+        model: Any network from (N, 3, H, W) to (N, classes), logits or log-probabilities; must be on the device.
+        loader: Any iterable of batches, such as a DataLoader or a list.
+        scheduler: Stepped after every batch, not after the epoch.
+        runtime: From `choose_runtime`; by default what that finds best on the model's device.
+        mix: Called with images and labels, int64 (N,), of every batch, and returns what to train on in their place;
+            the labels may then be float (N, classes), the share of each. `torchvision.transforms.v2.CutMix` is such.
+        title: Stands before the bar.
+        progress: Whether to show a bar; by default on a terminal and in a notebook.
+        meter: Counts here, from where it stands: an epoch that was interrupted goes on, if the loader does so, too.
+        after_step: Called after every step, when all is in a state to be saved.
+        step: What is done with a batch, from `training_step`; by default made anew. For several epochs, make it once:
+            on a CUDA device it is captured as a graph.
+
+    Returns:
+        Mean loss (negative log-likelihood in nats, without smoothing, as `evaluate` gives it) and accuracy in percent,
+        over the images as they were met in training: augmented, and with the weights of that moment. Of mixed images,
+        the loss is to all shares, and the class with the largest is the right answer.
+
+    Raises:
+        NonFiniteLossError: The loss is infinite or NaN.
+        ValueError: The loader gives no images.
     """
-    source: dict[str, Any] = {"data": config.data, "data_dir": config.data_dir, "seed": config.seed}
-    train_set = CIFAR10(train=True, augment=config.augment, padding=config.padding, **source)
-    if config.holdout:
-        if config.holdout >= len(train_set):
-            raise SettingError(f"holdout must be below the {len(train_set)} training images, got {config.holdout}")
-        order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(2034040))
-        test_set = train_set.subset(order[: config.holdout])
-        train_set = train_set.subset(order[config.holdout :], config.augment)
-    else:
-        test_set = CIFAR10(train=False, **source)
-    size, ranks = len(train_set), distributed.world_size()
-    if config.batch_size > size:
-        raise SettingError(f"batch_size must be at most the {size} training images, got {config.batch_size}")
-    # Those of the second epoch, the first that may skip.
-    shorter = EpochSampler(size, skip=config.skip, epochs=config.epochs).count(1)
-    if config.batch_size % ranks or any(0 < images % config.batch_size < ranks for images in (size, shorter)):
-        raise SettingError(
-            f"batch_size must be a multiple of the {ranks} processes and leave none of them without images in the last "
-            f"batch of the {size}{f' or {shorter}' if shorter < size else ''}, got {config.batch_size}"
-        )
-    if device is not None and device.type == "cuda" and set(config.augment) <= ON_DEVICE:
-        sampler = EpochSampler(size, config.seed, distributed.rank(), ranks, skip=config.skip, epochs=config.epochs)
-        parts = (train_set, sampler), (test_set, range(distributed.rank(), len(test_set), ranks))
-        loaders: Any = [DeviceLoader(part, config.batch_size, order, device) for part, order in parts]
-        return loaders[0], loaders[1]
-    options: dict[str, Any] = {"batch_size": config.batch_size, "pin_memory": pin_memory}
-    options |= {"rank": distributed.rank(), "ranks": ranks}
-    return (
-        make_loader(train_set, train=True, workers=config.workers, skip=config.skip, epochs=config.epochs, **options),
-        make_loader(test_set, train=False, **options),
-    )
+    runtime = runtime or runtime_of(model)
+    meter = meter or Meter(torch.zeros(2, device=runtime.device))
+    step = step or training_step(model, optimizer, runtime, label_smoothing)
+    model.train()
+    with meter.start(title, loader, progress) as bar:
+        for images, labels in loader:
+            images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
+            if mix:
+                images, labels = mix(images, labels)
+            sums, losses = step(images, labels)
+            if scheduler:
+                scheduler.step()
+            meter.add(sums, losses, bar)
+            if after_step:
+                after_step()
+    return meter.means(title)
 
 
-def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None = None) -> dict[str, list[float]]:
+def training_step(
+    model: nn.Module, optimizer: Optimizer, runtime: Runtime, label_smoothing: float = 0.0
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """What is done with a batch: forward, backward, and a step of the optimizer.
+
+    Takes images and labels, and returns the sums of `_sums` over all processes, and the loss of each image, (B,).
+    """
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with runtime.autocast():
+            scores = model(images).float()  # (N, classes)
+        loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+        sums = processes.sum_over_ranks(_sums(scores.detach(), labels))
+        losses = F.cross_entropy(scores.detach(), labels, reduction="none")
+        optimizer.zero_grad()
+        processes.mean_over_ranks(loss, len(labels), sums[2]).backward()
+        optimizer.step()
+        return sums, losses
+
+    return Captured(step) if runtime.device.type == "cuda" and processes.world_size() == 1 else step
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: Batches, *, runtime: Runtime | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float32 (N, classes) and labels int64 (N,) of all images, in the loader's order, on the CPU.
+
+    The model is left in the mode, train or eval, in which it came.
+    """
+    runtime = runtime or runtime_of(model)
+    scores, labels = [], []
+    with answering(model):
+        for images, batch_labels in loader:
+            with runtime.autocast():
+                scores.append(model(runtime.place(images)).float().log_softmax(1).cpu())
+            labels.append(batch_labels.cpu())
+    if not scores:
+        raise ValueError("the loader gives no images")
+    return torch.cat(scores), torch.cat(labels)
+
+
+def evaluate(model: nn.Module, loader: Batches, *, runtime: Runtime | None = None) -> tuple[float, float]:
+    """Mean loss (negative log-likelihood in nats) and accuracy (percent) over all images, each counted once."""
+    runtime = runtime or runtime_of(model)
+    sums = _sums(*predict(model, loader, runtime=runtime)).to(runtime.device)
+    loss_sum, correct, count = processes.sum_over_ranks(sums).tolist()
+    return loss_sum / count, 100 * correct / count
+
+
+def _sums(scores: Tensor, labels: Tensor) -> Tensor:
+    """(3,): the summed negative log-likelihood, how many answers are right, and of how many images.
+
+    Of shares of classes, the largest is the right one.
+    """
+    right = (scores.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
+    loss = F.cross_entropy(scores, labels, reduction="sum")
+    return torch.stack([loss, right, torch.full_like(right, len(labels))])
+
+
+def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None = None) -> dict[str, list]:
     """Trains `model`, a new `Net` by default, in place, and saves what comes of it in runs/<name>/.
 
     Args:
@@ -87,11 +174,11 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         "test_accuracy" (losses in nats, accuracies in percent), "lr" (of the filters, when the epoch starts),
         "seconds" (of training alone, since the start), "data", and "tested_on" ("test", or "held-out" with `holdout`).
 
-        Saved in the folder: see `runs.Run`.
+        Saved in the folder: see `machinery.run.Run`.
 
     Raises:
         SettingError: A setting does not fit the data or the machine, or the folder already holds a run.
-        storage.DataError: CIFAR-10 is missing or damaged.
+        DataError: CIFAR-10 is missing or damaged.
         CheckpointError: The run to be resumed is missing, damaged, or of another network.
         WeightsError: The file in `config.weights` is missing, damaged or of another network.
         NonFiniteLossError: The loss is infinite or NaN; the last checkpoint is from before.
@@ -99,132 +186,44 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
         UnsavedError: Training ended, but the disk did not take the result.
     """
-    runtime = choose_runtime(config.device, config.precision, config.layout)
-    with distributed.process_group(runtime.device.type):
-        return _fit(after_restart(config), model, runtime, progress)
-
-
-def _fit(config: Config, model: nn.Module | None, runtime: Runtime, progress: bool | None) -> dict[str, list[float]]:
-    if not config.resume:
-        distributed.broadcast_from_rank_0(lambda: unused_folder(config))  # refused now, and not after a long download
-    torch.manual_seed(config.seed)
-    if config.weights and not config.resume:
-        if model is not None:
-            raise SettingError("weights and a model of your own both say where training starts; give one of them")
-        model = distributed.broadcast_from_rank_0(lambda: Net.from_pretrained(config.weights))
-    model = Net() if model is None else model
-    if distributed.rank():
-        # Else the dropout and CutMix of all processes would be the same.
-        torch.manual_seed(config.seed + distributed.rank())
-    if config.data == "cifar10":
-        distributed.once_per_machine(lambda: prepare(config.data_dir))
-    keep_freed_memory()
-    model.to(runtime.device)
-    if runtime.channels_last:
-        model.to(memory_format=torch.channels_last)
-    train_loader, test_loader = make_loaders(config, runtime.device.type == "cuda", runtime.device)
-    optimizer = recipe_optimizer(model, config.lr)
-    if runtime.device.type == "cuda":  # for the graph, which reads the rates from there
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=runtime.device)
-    sampler = cast(EpochSampler, train_loader.sampler)
-    lengths = (math.ceil(sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs))
-    ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
-    scheduler = LambdaLR(optimizer, lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / config.epochs)
-    run = Run(config, model, optimizer, scheduler, sampler, runtime)
-
-    ranks = distributed.world_size()
-    run.say(
-        f"{type(model).__name__}, {run.result['parameters']:,} parameters, on {sampler.size:,} images of "
-        f"{config.data}; {runtime}{f', {ranks} processes' if ranks > 1 else ''}\nresults in {run.folder}"
-        + (f", going on after {run.epochs} epochs and {run.meter.steps} steps" if config.resume else "")
-    )
-    try:
-        with stop_requests() as request, distributed.parallel(model) as network:
-            _run_epochs(run, network, train_loader, test_loader, runtime, request, progress)
-    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
-        if cause := failure_of_the_machine(error):
-            raise MachineError(f"{cause}\n{run.how_to_go_on()}") from error
-        raise
-    finally:
-        run.release()
-        end_workers(train_loader)
-    run.check()
+    with running(config, model, _network, make_loaders, _curves) as run:
+        step = training_step(run.network, run.optimizer, run.runtime, config.label_smoothing)
+        mix = cutmix(config.cutmix, len(CLASSES))
+        for title in run.epochs_left():
+            train = train_one_epoch(
+                run.network,
+                run.train_loader,
+                run.optimizer,
+                run.scheduler,
+                runtime=run.runtime,
+                mix=mix,
+                title=title,
+                progress=progress,
+                meter=run.meter,
+                after_step=run.after_step,
+                step=step,
+            )
+            test = evaluate(run.model, run.test_loader, runtime=run.runtime)
+            run.finish_epoch(train, test)
     return run.history
 
 
-def _run_epochs(
-    run: Run,
-    network: nn.Module,
-    train_loader: DataLoader,
-    test_loader: DataLoader,
-    runtime: Runtime,
-    request: StopRequest,
-    progress: bool | None,
-) -> None:
-    """The epochs that `run` still lacks."""
-    config = run.config
-    mix = v2.RandomApply([v2.CutMix(num_classes=len(CLASSES))], config.cutmix) if config.cutmix else None
+def _network(weights: str | None) -> Net:
+    return Net.from_pretrained(weights) if weights else Net()
 
-    def after_step() -> None:
-        stop = distributed.max_over_ranks(request.signal)  # of all processes, which are asked at different moments
-        if stop or run.is_due():
-            run.save()
-        if stop:
-            distributed.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
-            raise StoppedError(run.how_it_stopped(), stop)
 
-    step = training_step(network, run.optimizer, runtime, config.label_smoothing)
-    for epoch in range(run.epochs + 1, config.epochs + 1):
-        title = f"epoch {epoch}/{config.epochs}" + (" (synthetic)" if config.data == "synthetic" else "")
-        train_loss, train_accuracy = train_one_epoch(
-            network,
-            train_loader,
-            run.optimizer,
-            run.scheduler,
-            runtime=runtime,
-            label_smoothing=config.label_smoothing,
-            mix=mix,
-            title=title,
-            progress=progress,
-            meter=run.meter,
-            after_step=after_step,
-            step=step,
-        )
-        if run.meter.losses is not None:
-            run.sampler.note(epoch - 1, torch.cat(run.meter.losses))
-        test_loss, test_accuracy = evaluate(run.model, test_loader, runtime=runtime)
-        if not math.isfinite(test_loss):
-            raise NonFiniteLossError(f"{title}: the weights became infinite or NaN. Try a lower lr, or precision fp32.")
-        row = {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "lr": config.lr * (1 - (epoch - 1) / config.epochs),
-            "seconds": round(run.history.get("seconds", [0.0])[-1] + run.meter.seconds, 2),
-            "data": config.data,
-            "tested_on": "held-out" if config.holdout else "test",
-        }
-        run.say(
-            f"{title}: train {train_accuracy:.2f} % (loss {train_loss:.3f}), "
-            f"{row['tested_on']} {test_accuracy:.2f} % (loss {test_loss:.3f}), {row['seconds']:.0f} s"
-        )
-        run.finish_epoch(row)
-        stop = distributed.max_over_ranks(request.signal)
-        if stop and epoch < config.epochs:
-            distributed.max_over_ranks(0)
-            raise StoppedError(run.how_it_stopped(), stop)
+def _curves(history: dict[str, list]) -> "Figure":
+    from utils import plot_curves  # noqa: PLC0415  Matplotlib, which only the end of an epoch has to wait for
+
+    return plot_curves(history)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    config = parse_args(arguments)
-    rank = os.environ["RANK"] if distributed.launch_id() else "0"
+    rank = os.environ["RANK"] if processes.launch_id() else "0"
     first = rank == "0"  # of the processes that torchrun started, the one that speaks
     try:
-        fit(config)
+        fit(parse_args(arguments))
     except StoppedError as stopped:
         if first:
             print(f"\n{stopped}", file=sys.stderr)

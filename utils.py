@@ -12,17 +12,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torchsummary
-from captum.attr import LayerAttribution, LayerGradCam
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from dataset import CIFAR10, CLASS_COLOURS, SIZE
-from engine import answering
-from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, denormalize
+from dataset import AUGMENTATIONS, CLASS_COLOURS, DEFAULT_AUGMENT, SIZE, Images, denormalize
+from machinery.figures import (
+    ORIGINAL,
+    TEST,
+    TRAIN,
+    draw_architecture,
+    expected_calibration_error,
+    picture_grid,
+    plot_attention,
+    plot_reliability,
+)
+from model import Residual, receptive_field
 
-TRAIN, TEST, ORIGINAL = "#0072B2", "#D55E00", "#666666"  # colour-blind safe (Okabe & Ito, 2008)
+__all__ = ["expected_calibration_error", "per_class_accuracy", "plot_architecture", "plot_attention"]
+__all__ += ["plot_augmentations", "plot_confusion", "plot_curves", "plot_misclassified", "plot_per_class"]
+__all__ += ["plot_reliability", "plot_samples", "show_summary"]
+
 ORIGINAL_ACCURACY = 73.20  # percent on the test set, the best of 20 epochs, of the network reimplemented here
 
 
@@ -60,7 +71,7 @@ def plot_curves(history: dict[str, list]) -> Figure:
     return figure
 
 
-def plot_samples(dataset: CIFAR10, per_class: int = 8, seed: int = 0) -> Figure:
+def plot_samples(dataset: Images, per_class: int = 8, seed: int = 0) -> Figure:
     """Pictures of each class drawn at random, one class a row, without augmentation."""
     rng = np.random.default_rng(seed)
     labels = dataset.labels.numpy()
@@ -76,7 +87,7 @@ def plot_samples(dataset: CIFAR10, per_class: int = 8, seed: int = 0) -> Figure:
     return figure
 
 
-def plot_augmentations(dataset: CIFAR10, augment: Sequence[str] = DEFAULT_AUGMENT, index: int = 0) -> Figure:
+def plot_augmentations(dataset: Images, augment: Sequence[str] = DEFAULT_AUGMENT, index: int = 0) -> Figure:
     """What is done to image `index` in the first seven epochs: a row for each augmentation, the last for `augment`."""
     epochs = 7
     rows = {name: (name,) for name in AUGMENTATIONS} | {"\n".join(augment): augment}
@@ -92,7 +103,7 @@ def plot_augmentations(dataset: CIFAR10, augment: Sequence[str] = DEFAULT_AUGMEN
     return figure
 
 
-def plot_misclassified(dataset: CIFAR10, log_probs: Tensor, count: int = 20) -> Figure:
+def plot_misclassified(dataset: Images, log_probs: Tensor, count: int = 20) -> Figure:
     """Wrong answers, the most confident first, titled "true → predicted (p)".
 
     Args:
@@ -111,59 +122,6 @@ def plot_misclassified(dataset: CIFAR10, log_probs: Tensor, count: int = 20) -> 
         axes.set_title(f"{true} → {answer} ({probs[i]:.2f})", fontsize=11)
     figure.suptitle(f"{len(wrong):,} of {len(dataset):,} wrong; the most confident")
     return figure
-
-
-def plot_attention(dataset: CIFAR10, log_probs: Tensor, model: nn.Module, layer: nn.Module) -> Figure:
-    """Where a network looks, by Grad-CAM (Selvaraju et al., 2017): what stays light speaks for the class.
-
-    Above, the ten most confident mistakes, with what speaks for the answer and for the truth, both on one scale; below,
-    the most confident right answer of each class.
-
-    Args:
-        dataset: The images, in the order of `log_probs`.
-        log_probs: (N, 10), as `train.predict` returns them for `model`.
-        model: The network; the scores that are explained are its `logits` if it has that method, else its answers.
-        layer: The part of it whose output is weighed, such as `model.c4`.
-    """
-    probs, predicted = log_probs.exp().max(1)
-    truth, count = dataset.labels, len(dataset.classes)
-    order = probs.argsort(descending=True, stable=True)
-    is_right = (predicted == truth)[order]
-    wrong, surest = order[~is_right][:count].tolist(), order[is_right]
-    right = [int(of_class[0]) for k in range(count) if len(of_class := surest[truth[surest] == k])]
-    answer_maps = _grad_cam(dataset, wrong, predicted[wrong], model, layer)
-    truth_maps = _grad_cam(dataset, wrong, truth[wrong], model, layer)
-    right_maps = _grad_cam(dataset, right, predicted[right], model, layer)
-    most = torch.maximum(answer_maps, truth_maps).amax((1, 2), keepdim=True).clamp(min=1e-12)
-    most_of_right = right_maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    rows = [
-        ("wrong", wrong, truth, None),
-        ("for the answer", wrong, predicted, answer_maps / most),
-        ("for the truth", wrong, truth, truth_maps / most),
-        ("right", right, truth, None),
-        ("for the answer", right, predicted, right_maps / most_of_right),
-    ]
-    figure, grid = picture_grid(len(rows), count, width=10, title_height=0.1)
-    for row, (name, chosen, classes, maps) in zip(grid, rows, strict=True):
-        for k, (axes, i) in enumerate(zip(row, chosen, strict=False)):
-            light = 1 if maps is None else 0.15 + 0.85 * maps[k, :, :, None].numpy()
-            axes.imshow((dataset.images[i].numpy() * light).astype(np.uint8), interpolation="nearest")
-            axes.set_title(dataset.classes[int(classes[i])], fontsize=9)
-        row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
-    return figure
-
-
-def _grad_cam(dataset: CIFAR10, indices: list[int], classes: Tensor, model: nn.Module, layer: nn.Module) -> Tensor:
-    """(N, 32, 32), >= 0: what speaks for `classes` (N,) in these images of `dataset`."""
-    if not indices:
-        return torch.zeros(0, SIZE, SIZE)
-    device = next(model.parameters()).device
-    images = torch.stack([dataset[i][0] for i in indices]).to(device)
-    with answering(model):
-        maps = LayerGradCam(getattr(model, "logits", model), layer).attribute(
-            images, classes.to(device), relu_attributions=True
-        )  # (N, 1, h, w)
-    return LayerAttribution.interpolate(maps, images.shape[2:], "bicubic")[:, 0].detach().cpu().clamp(min=0)
 
 
 def plot_confusion(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) -> Figure:
@@ -215,6 +173,16 @@ def plot_per_class(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) ->
     return figure
 
 
+def plot_architecture(model: nn.Module, size: int = SIZE) -> Figure:
+    """The convolutions of `Net`, or of a network of blocks like its own, for images of (3, size, size).
+
+    Each is as tall as its output after pooling and as wide as that has channels; numbers below are channels and pixels.
+    Above each block stand its parameters and the receptive field at its end; arrows are shortcuts.
+    """
+    shortcuts = [name for name, layer in model.named_modules() if isinstance(layer, Residual)]
+    return draw_architecture(model, size, receptive_field(model), shortcuts)
+
+
 def show_summary(model: nn.Module, size: int = SIZE) -> int:
     """Prints torchsummary's table for images of (3, size, size) and returns the number of parameters.
 
@@ -227,15 +195,3 @@ def show_summary(model: nn.Module, size: int = SIZE) -> int:
         torchsummary.summary(probe, (3, size, size), device="cpu")
     print(table.getvalue().rstrip())
     return sum(p.numel() for p in model.parameters())
-
-
-def picture_grid(rows: int, columns: int, width: float, title_height: float = 0.0) -> tuple[Figure, np.ndarray]:
-    """A closed figure `width` inches wide with (rows, columns) axes for square pictures, frames off."""
-    cell = width / columns
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(width, rows * (cell + title_height) + 0.4), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat:
-        axes.axis("off")
-    plt.close(figure)
-    return figure, grid

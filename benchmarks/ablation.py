@@ -16,10 +16,8 @@ import torch
 from common import as_mean, report, taken_up
 from torch import Tensor, nn
 
-from config import Config
-from errors import NonFiniteLossError
 from model import Net, Residual, conv_bn
-from train import fit
+from train import Config, NonFiniteLossError, fit
 
 
 class Scale(nn.Module):

@@ -16,8 +16,13 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from config import Config, choose_runtime, describe_hardware, keep_freed_memory  # noqa: E402
-from engine import train_one_epoch  # noqa: E402
+from machinery.runtime import keep_freed_memory  # noqa: E402
+from train import (  # noqa: E402
+    Config,
+    choose_runtime,
+    describe_hardware,
+    train_one_epoch,
+)
 
 K = TypeVar("K")
 

@@ -10,9 +10,8 @@ import torch
 from common import alternate, median_and_half_iqr, report, training_step
 from torch import nn
 
-from config import Config
 from model import Net
-from optim import recipe_optimizer
+from train import Config, recipe_optimizer
 
 ROUNDS = 9
 

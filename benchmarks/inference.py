@@ -16,9 +16,9 @@ import torch
 from common import alternate, random_batch, rate, report
 from torch import Tensor, nn
 
-from config import choose_runtime
 from export import export
 from model import Net
+from train import choose_runtime
 
 BATCHES = 1, 64, 512
 ROUNDS, CALLS = 9, {1: 50, 64: 5, 512: 1}  # calls in a round, so that each takes long enough to be timed

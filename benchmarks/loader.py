@@ -20,12 +20,11 @@ from common import alternate, median_and_half_iqr, rate, report, training_step
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
-from config import Config
-from dataset import CIFAR10, SIZE, make_loader
+from dataset import CIFAR10, DEFAULT_AUGMENT, MEAN, SIZE, STD, make_loader
+from machinery.data import prepare
+from machinery.sampling import HOLE, PADDING
 from model import Net
-from optim import recipe_optimizer
-from storage import prepare
-from transforms import DEFAULT_AUGMENT, HOLE, MEAN, PADDING, STD
+from train import Config, recipe_optimizer
 
 ROUNDS = 9
 IMAGES = 10_000

@@ -9,7 +9,7 @@ import tempfile
 
 from common import FOLDER, report
 
-from config import Config
+from train import Config
 
 CODE = """
 import resource, sys

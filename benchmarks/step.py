@@ -17,9 +17,8 @@ from baselines import airbench94_muon_network
 from common import alternate, largest_convolution, median_and_half_iqr, random_batch, report, training_step
 from torch import Tensor, nn
 
-from config import Config, choose_runtime
 from model import Net
-from optim import recipe_optimizer
+from train import Config, choose_runtime, recipe_optimizer
 
 ROUNDS = 15
 BATCH_SIZE = Config().batch_size

@@ -2,7 +2,7 @@
 
 `python benchmarks/survival.py --kills 50 --corruptions 1000` prints the counts and saves benchmarks/survival.json. The
 training is `Net` on the drawn stand-in, which needs no files, with a save after every step, so that some kills fall
-into the writing of a checkpoint.
+into the writing of a files.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from conftest import TinyCIFAR10  # noqa: E402
 from torchvision import datasets  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-import checkpoint  # noqa: E402
-import storage  # noqa: E402
+from machinery import data, files  # noqa: E402
+from machinery.errors import CheckpointError, DataError  # noqa: E402
 from model import Net  # noqa: E402
 
 DRIVER = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import storage
-storage.SYNTHETIC_COUNTS.update({{True: 200, False: 50}})
+from machinery import data
+data.SYNTHETIC_COUNTS.update({{True: 200, False: 50}})
 import train
 if __name__ == "__main__":
     sys.exit(train.main(sys.argv[1:]))
@@ -63,12 +63,12 @@ def kill_and_resume(kills: int, folder: Path, dice: random.Random) -> Counter:
         time.sleep(dice.uniform(0, 0.3 if run.exists() else 5))
         process.send_signal(signal.SIGKILL)
         counts["ended before"] += process.wait() != -signal.SIGKILL
-        counts["inside a write"] += any(run.glob(f".*{checkpoint.SCRATCH}"))
+        counts["inside a write"] += any(run.glob(f".*{files.SCRATCH}"))
         saved = (run / "last.pt").exists()
         counts["before the first save"] += not saved
         again = start(*(("--resume", f"runs/{run.name}") if saved else (*FLAGS, "--name", run.name)))
         counts["resumed" if saved else "begun anew"] += again.wait() == 0
-        with contextlib.suppress(checkpoint.CheckpointError, OSError):
+        with contextlib.suppress(CheckpointError, OSError):
             counts["identical at the end"] += same(end_of(run), peace)
         shutil.rmtree(run)
     return counts
@@ -81,7 +81,7 @@ def wait_for_save(path: Path, process: subprocess.Popen) -> None:
 
 
 def end_of(run: Path) -> dict:
-    state = checkpoint.load(run / "last.pt")
+    state = files.load(run / "last.pt")
     state["result"]["history"].pop("seconds")
     shipped = torch.load(run / "model.pt", weights_only=True)
     return {"model": state["model"], "shipped": shipped, "history": state["result"]["history"]}
@@ -99,14 +99,14 @@ def corrupt(corruptions: int, folder: Path, dice: random.Random) -> Counter:
     for name, value in tiny.expectations().items():
         setattr(datasets.CIFAR10, name, value)
     last = folder / "last.pt"
-    last.write_bytes(checkpoint.packed({"model": Net().state_dict(), "epoch": 3}))
+    last.write_bytes(files.packed({"model": Net().state_dict(), "epoch": 3}))
     by_hand = folder / "by-hand"
     by_hand.mkdir()
     shutil.copy(tiny.archive, by_hand)
     readers: dict[Path, Callable[[], object]] = {
-        **{path: lambda: storage.prepare(tiny.root) for path in (tiny.root / storage.FOLDER).iterdir()},
-        by_hand / storage.ARCHIVE: lambda: storage.prepare(by_hand),
-        last: lambda: checkpoint.load(last),
+        **{path: lambda: data.prepare(tiny.root) for path in (tiny.root / data.FOLDER).iterdir()},
+        by_hand / data.ARCHIVE: lambda: data.prepare(by_hand),
+        last: lambda: files.load(last),
     }
     counts = Counter(corruptions=corruptions)
     for _ in tqdm(range(corruptions), desc="corruptions"):
@@ -116,7 +116,7 @@ def corrupt(corruptions: int, folder: Path, dice: random.Random) -> Counter:
         try:
             readers[path]()
             counts["accepted"] += 1
-        except (storage.DataError, checkpoint.CheckpointError) as error:
+        except (DataError, CheckpointError) as error:
             counts["refused by name" if path.name in str(error) else "refused"] += 1
         except Exception:
             counts["another error"] += 1

@@ -30,11 +30,10 @@ from common import alternate, as_mean, largest_convolution, median_and_half_iqr,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import Config
-from dataset import EpochSampler
+from dataset import make_loaders
+from machinery.sampling import EpochSampler
 from model import Net
-from optim import recipe_optimizer
-from train import evaluate, fit, make_loaders
+from train import Config, evaluate, fit, recipe_optimizer
 
 TRAIN_COUNT = 50_000
 ORIGINAL_STEPS = 20 * TRAIN_COUNT // 32

@@ -19,8 +19,9 @@ RESULTS = Path(__file__).parent
 REPOSITORY = RESULTS.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from config import FREE, Config  # noqa: E402
+from machinery.settings import FREE  # noqa: E402
 from model import Net  # noqa: E402
+from train import Config  # noqa: E402
 
 DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # settings as a metrics.json has them
 

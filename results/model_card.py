@@ -5,7 +5,7 @@ import itertools
 from collect import DEFAULT
 from tables import markdown, minutes, saved
 
-from config import FREE
+from machinery.settings import FREE
 
 
 def weights() -> str:

@@ -25,10 +25,13 @@ import model_card  # noqa: E402
 from baselines import airbench94_muon_network, original_network  # noqa: E402
 from common import as_mean, as_text  # noqa: E402
 
-from architecture import plot_architecture  # noqa: E402
-from config import FREE  # noqa: E402
+from machinery.settings import FREE  # noqa: E402
 from model import Net  # noqa: E402
-from utils import ORIGINAL_ACCURACY, plot_curves  # noqa: E402
+from utils import (  # noqa: E402
+    ORIGINAL_ACCURACY,
+    plot_architecture,
+    plot_curves,
+)
 
 
 def saved_runs() -> list[dict]:

@@ -20,7 +20,7 @@ from small_runs import quick, small_network, weights
 from torch import Tensor
 from torchvision import datasets
 
-from storage import ARCHIVE, FOLDER, draw_synthetic
+from machinery.data import ARCHIVE, FOLDER, draw_synthetic
 from train import fit
 
 TRAIN_COUNT, TEST_COUNT = 200, 100
@@ -120,7 +120,7 @@ def tiny_root(tiny: TinyCIFAR10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the curves would take most of the time of a small run."""
-    monkeypatch.setattr("runs.plot_curves", lambda history: Figure())
+    monkeypatch.setattr("utils.plot_curves", lambda history: Figure())
 
 
 @pytest.fixture(scope="session")

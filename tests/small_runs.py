@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-from config import Config
+from machinery import files
+from train import Config
 
 
 def plain(**settings) -> Config:
@@ -39,7 +39,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def files_of(name: str) -> list[str]:
-    return sorted(file for file in os.listdir(Path("runs", name)) if file != checkpoint.LOCK)
+    return sorted(file for file in os.listdir(Path("runs", name)) if file != files.LOCK)
 
 
 def timeless(history: dict) -> dict:

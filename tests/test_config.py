@@ -10,9 +10,7 @@ import pytest
 from small_runs import plain, plain_network
 
 import train
-from config import Config, SettingError, choose_runtime
-from errors import MachineError
-from train import fit
+from train import Config, MachineError, SettingError, choose_runtime, fit
 
 REPOSITORY = Path(__file__).parents[1]
 

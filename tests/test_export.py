@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import export
-from dataset import CIFAR10, CLASSES
+from dataset import CIFAR10, CLASSES, MEAN, STD
 from model import Net
-from transforms import MEAN, STD
 
 
 def test_the_command_exports_and_checks_on_real_batches(tmp_path, capsys, monkeypatch):

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from dataset import CIFAR10, EpochSampler, make_loader
-from on_device import DeviceLoader
-from transforms import denormalize
+from dataset import CIFAR10, denormalize, make_loader
+from machinery.loading import DeviceLoader
+from machinery.sampling import EpochSampler
 
 
 @pytest.mark.parametrize("augment", [(), ("crop",), ("flip", "cutout"), ("crop", "flip", "cutout")])

@@ -4,9 +4,9 @@ import torch
 from small_runs import plain
 from torch import nn
 
+from machinery.optim import Muon, orthogonalize
 from model import Net
-from optim import Muon, orthogonalize, recipe_optimizer
-from train import fit
+from train import fit, recipe_optimizer
 
 
 def test_orthogonalize_keeps_the_directions_and_evens_out_their_lengths():

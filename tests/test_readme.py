@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-import checkpoint
 import predict
-from config import Config, parse_args
+from machinery import files
+from machinery.settings import parse_args
 from model import Net
+from train import Config
 
 REPOSITORY = Path(__file__).parents[1]
 README, CARD = ((REPOSITORY / name).read_text() for name in ("README.md", "weights/README.md"))
@@ -114,7 +115,7 @@ def test_only_a_notebook_that_ran_whole_with_the_default_settings_is_taken(readm
 def test_the_commands_shown_are_accepted(monkeypatch):
     commands = re.findall(r"train\.py (--(?!help).*?)(?:\s+#.*|`.*)?$", README + CARD, re.MULTILINE)
     assert len(commands) > 5
-    monkeypatch.setattr(checkpoint, "load", lambda path: {"result": {"config": dataclasses.asdict(Config())}})
+    monkeypatch.setattr(files, "load", lambda path: {"result": {"config": dataclasses.asdict(Config())}})
     for command in commands:
         parse_args(command.split())
 

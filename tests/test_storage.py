@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import TRAIN_COUNT
 
-import storage
-from storage import ARCHIVE, FOLDER, DataError, DataUnreachableError, load_cifar10, prepare
+from machinery import data as storage
+from machinery.data import ARCHIVE, FOLDER, load_cifar10, prepare
+from machinery.errors import DataUnreachableError
+from train import DataError
 
 
 @pytest.fixture

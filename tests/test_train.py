@@ -14,11 +14,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import train
-from config import Runtime, SettingError, choose_runtime
-from errors import NonFiniteLossError
+from dataset import make_loaders
+from machinery.runtime import Runtime
 from model import Net
-from optim import recipe_optimizer
-from train import evaluate, fit, make_loaders, predict, train_one_epoch
+from train import (
+    NonFiniteLossError,
+    SettingError,
+    choose_runtime,
+    evaluate,
+    fit,
+    predict,
+    recipe_optimizer,
+    train_one_epoch,
+)
 
 PLAIN = Runtime(torch.device("cpu"), bf16=False, channels_last=False)
 
@@ -165,7 +173,7 @@ def test_holdout_keeps_training_images_apart_and_the_test_set_out():
     assert (len(train_loader.dataset), len(test_loader.dataset)) == (150, 50)
     trained = {image.numpy().tobytes() for image in train_loader.dataset.images}
     assert not trained & {image.numpy().tobytes() for image in test_loader.dataset.images}
-    assert test_loader.dataset.augment is None
+    assert test_loader.dataset.augment == ()
 
 
 def test_loaders_without_images_are_refused_and_those_without_a_length_are_not():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import TRAIN_COUNT
 
-from config import Config
-from dataset import CIFAR10
-from train import make_loaders
-from transforms import AUGMENTATIONS, DRAWN_FOR, MEAN, Trivial, denormalize, eval_transform, train_transform
+from dataset import AUGMENTATIONS, CIFAR10, MEAN, denormalize, eval_transform, make_loaders, train_transform
+from machinery.augmentation import Trivial
+from machinery.sampling import DRAWN_FOR
+from train import Config
 
 
 def test_denormalize_gives_the_picture_back():

@@ -6,19 +6,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from architecture import plot_architecture
-from calibration import expected_calibration_error, plot_reliability
-from dataset import CIFAR10
+from dataset import AUGMENTATIONS, CIFAR10, denormalize
 from model import Net, receptive_field
-from transforms import AUGMENTATIONS, denormalize
 from utils import (
+    expected_calibration_error,
     per_class_accuracy,
+    plot_architecture,
     plot_attention,
     plot_augmentations,
     plot_confusion,
     plot_curves,
     plot_misclassified,
     plot_per_class,
+    plot_reliability,
     plot_samples,
     show_summary,
 )

@@ -12,9 +12,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import model
-from engine import evaluate, train_one_epoch
 from model import Net, WeightsError
-from optim import recipe_optimizer
+from train import evaluate, recipe_optimizer, train_one_epoch
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -23,12 +23,19 @@ FOLDER = Path(__file__).parent
 REPOSITORY = FOLDER.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from calibration import expected_calibration_error, plot_reliability  # noqa: E402
-from config import choose_runtime, describe_hardware  # noqa: E402
-from dataset import CIFAR10, make_loader  # noqa: E402
-from engine import predict  # noqa: E402
+from dataset import CIFAR10, Images, make_loader  # noqa: E402
+from machinery.figures import picture_grid  # noqa: E402
 from model import WEIGHTS, Net  # noqa: E402
-from utils import per_class_accuracy, picture_grid  # noqa: E402
+from train import (  # noqa: E402
+    choose_runtime,
+    describe_hardware,
+    predict,
+)
+from utils import (  # noqa: E402
+    expected_calibration_error,
+    per_class_accuracy,
+    plot_reliability,
+)
 
 
 def swapped(picture: np.ndarray, **_: object) -> np.ndarray:
@@ -88,12 +95,12 @@ def ship(run: Path) -> None:
     model.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', model.read_text()))
 
 
-def log_probs_of(model: nn.Module, dataset: CIFAR10) -> torch.Tensor:
+def log_probs_of(model: nn.Module, dataset: Images) -> torch.Tensor:
     """(N, 10) of all images, in fp32."""
     return predict(model, make_loader(dataset, 500, train=False), runtime=choose_runtime("cpu", "fp32"))[0]
 
 
-def spoilt(dataset: CIFAR10, transform: A.BasicTransform) -> CIFAR10:
+def spoilt(dataset: Images, transform: A.BasicTransform) -> Images:
     """A copy of the dataset after `transform`, whose draws for an image depend on its place alone."""
     copy = dataset.subset(range(len(dataset)))
     for i, picture in enumerate(dataset.images.numpy()):
@@ -158,7 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.run:
         ship(options.run)
-    result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(train=False, data_dir=options.data_dir))
+    result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(options.data_dir, train=False))
     (FOLDER / "card.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from machinery.errors import CheckpointError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -23,10 +25,6 @@ except ImportError:  # Windows
 LOCK = ".lock"  # the file that says that a process is writing to the folder, and which launch of torchrun it is from
 SCRATCH = ".new"  # ends the name of a file that is being written
 DIGEST_SIZE = hashlib.sha256().digest_size
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, foreign, or does not fit the run; the message says which and what to do."""
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from config import SettingError
+from machinery.errors import SettingError
 
 T = TypeVar("T")
 
@@ -136,6 +136,28 @@ def _outcome(make: Callable[[], object]) -> list:
         return [make(), None]
     except Exception as error:
         return [None, error]
+
+
+def failure_of_the_machine(error: BaseException) -> str | None:
+    """What happened and what may help, if the machine failed; None if the error is of another kind."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "an't allocate memory" in text:
+        return "memory ran out: end other programs, or begin a new run with a smaller batch_size"
+    if "shared memory" in text or "Cannot allocate memory" in text or "Too many open files" in text:
+        return f"the processes that prepare images lack room ({error}): try workers = 0, which gives the same"
+    if isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in text:
+        return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
+    if world_size() > 1 and ("by peer" in text or "Broken pipe" in text):  # gloo: closed or reset
+        return "another process of this run died"
+    return None
+
+
+def mean_over_ranks(loss: Tensor, count: int, images: Tensor) -> Tensor:
+    """The mean loss over `count` images, made the share of this process in that over the `images` of all of them.
+
+    `DistributedDataParallel` averages the gradients over the processes, of which some may have fewer images.
+    """
+    return loss if world_size() == 1 else loss * count * world_size() / images
 
 
 @contextlib.contextmanager

@@ -1,5 +1,9 @@
-"""What happens to an image before the network sees it, as Albumentations transforms of whole batches."""
+"""What happens to an image before the network sees it, as Albumentations transforms of whole batches.
 
+The numbers that chance draws come from sampling.py.
+"""
+
+import functools
 import os
 import random
 from collections.abc import Sequence
@@ -11,32 +15,17 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
-# Of the 50,000 training images, per channel (RGB), on the scale 0-1.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
-
-PADDING = 4  # pixels on each side before the crop, by default
-MAX_PADDING = 31  # a side of 32 has no more to reflect
-HOLE = 8  # pixels, the side of the square that cutout covers
-HOLE_COLOUR = np.rint(255 * np.array(MEAN)).astype(np.uint8)
-
-
-def crop_corners(draws: np.ndarray, padding: int) -> np.ndarray:
-    """Where in the padded image the crop begins, int64 (N, 2) as (y, x), for draws (N, 2)."""
-    return (draws * (2 * padding + 1)).astype(np.int64)
-
-
-def hole_corners(draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Where the square that cutout covers begins, int64 (N, 2) as (y, x), for draws (N, 2) and images of this size."""
-    return (draws * (np.array(size) - HOLE + 1)).astype(np.int64)
-
-
-def is_flipped(draws: np.ndarray) -> np.ndarray:
-    """Whether an image is mirrored, bool, for draws of the same shape."""
-    return draws >= 0.5
+from machinery.sampling import (
+    AUGMENTATIONS,
+    DRAWN_FOR,
+    HOLE,
+    MAX_PADDING,
+    PADDING,
+    crop_corners,
+    hole_corners,
+    is_flipped,
+)
 
 
 class BatchTransform(A.ImageOnlyTransform):
@@ -49,7 +38,6 @@ class BatchTransform(A.ImageOnlyTransform):
     """
 
     name: str  # in AUGMENTATIONS
-    numbers: int  # that an image needs for it
 
     def __init__(self, p: float = 1) -> None:
         super().__init__(p=p)
@@ -71,7 +59,7 @@ class BatchTransform(A.ImageOnlyTransform):
 class Crop(BatchTransform):
     """Pads by `padding` px, reflected, and crops to the size from before: moves the image by up to so much each way."""
 
-    name, numbers = "crop", 2
+    name = "crop"
 
     def __init__(self, padding: int = PADDING, p: float = 1) -> None:
         super().__init__(p)
@@ -85,9 +73,9 @@ class Crop(BatchTransform):
 
 
 class Flip(BatchTransform):
-    """Mirrors left and right, for draws of at least a half; dataset.py makes these alternate from epoch to epoch."""
+    """Mirrors left and right, for draws of at least a half; sampling.py makes these alternate from epoch to epoch."""
 
-    name, numbers = "flip", 1
+    name = "flip"
 
     def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         return np.where(is_flipped(draws)[:, :, None, None], images[:, :, ::-1], images)
@@ -96,7 +84,6 @@ class Flip(BatchTransform):
 class OneByOne(BatchTransform):
     """An Albumentations transform called for one image after the other, for where the work itself takes long."""
 
-    numbers = 1
     transform: A.BasicTransform | A.OneOf
 
     def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
@@ -157,29 +144,28 @@ def reflecting_affine(p: float = 1, **options: Any) -> A.Affine:
 
 
 class Cutout(BatchTransform):
-    """Covers one square of `HOLE` px inside the image with the mean colour (DeVries & Taylor, 2017)."""
+    """Covers one square of `HOLE` px inside the image with `colour`, RGB 0-255 (DeVries & Taylor, 2017)."""
 
-    name, numbers = "cutout", 2
+    name = "cutout"
+
+    def __init__(self, colour: Sequence[int] = (0, 0, 0), p: float = 1) -> None:
+        super().__init__(p)
+        self.colour = tuple(colour)
 
     def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
         images = images.copy()
         for image, (y, x) in zip(images, hole_corners(draws, images.shape[1:3]).tolist(), strict=True):
-            image[y : y + HOLE, x : x + HOLE] = HOLE_COLOUR
+            image[y : y + HOLE, x : x + HOLE] = self.colour
         return images
 
 
-TRANSFORMS = (Crop, Flip, Affine, Trivial, Cutout)  # in the order in which they are applied
-AUGMENTATIONS = tuple(transform.name for transform in TRANSFORMS)
-DRAWN_FOR = tuple(transform.name for transform in TRANSFORMS for _ in range(transform.numbers))
-DEFAULT_AUGMENT = ("crop", "flip", "cutout")
-
-
-def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, padding: int = PADDING) -> A.Compose:
-    """The random part of the training transform, called with `images` and `draws`: see `BatchTransform`.
+def random_part(augment: Sequence[str], padding: int, colour: tuple[int, ...]) -> A.Compose:
+    """These augmentations, in the order of `AUGMENTATIONS`, called with `images` and `draws`: see `BatchTransform`.
 
     Args:
-        augment: At least one of "crop", "flip", "affine", "trivial" and "cutout"; they are applied in this order.
+        augment: At least one name among `AUGMENTATIONS`.
         padding: By how many pixels "crop" moves an image at most, 0 to 31.
+        colour: With which "cutout" covers, RGB 0-255.
 
     Raises:
         ValueError: A name is not among these, there is none, or `padding` is out of range.
@@ -190,19 +176,16 @@ def train_transform(augment: Sequence[str] = DEFAULT_AUGMENT, padding: int = PAD
         raise ValueError(
             f"padding must be from 0 to {MAX_PADDING}, for a side of 32 has no more to reflect, got {padding!r}"
         )
-    chosen = [transform for transform in TRANSFORMS if transform.name in augment]
-    return A.Compose([Crop(padding) if transform is Crop else transform() for transform in chosen], strict=True)
+    return _random_part(tuple(augment), padding, colour)
 
 
-def eval_transform() -> A.Compose:
-    """The fixed part, after the random one or alone: uint8 (N, 32, 32, 3) -> float32 (N, 3, 32, 32), normalised.
-
-    Called with `images=` on a whole batch, or with `image=` on one.
-    """
-    return A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()], strict=True)
+@functools.lru_cache
+def _random_part(augment: tuple[str, ...], padding: int, colour: tuple[int, ...]) -> A.Compose:
+    transforms = (Crop(padding), Flip(), Affine(), Trivial(), Cutout(colour))
+    return A.Compose([transform for transform in transforms if transform.name in augment], strict=True)
 
 
-def denormalize(images: Tensor) -> np.ndarray:
-    """Normalised float (N, 3, H, W) -> uint8 (N, H, W, 3) RGB 0-255, for people to look at."""
-    images = images.detach().cpu().float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+@functools.lru_cache
+def fixed_part(mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), normalised; called with `images=`, or with `image=` on one."""
+    return A.Compose([A.Normalize(mean, std), A.ToTensorV2()], strict=True)

@@ -1,29 +1,18 @@
-"""The settings of a run, their command line, and where and how the arithmetic is done."""
+"""The settings of a run, and their command line."""
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-import checkpoint
-from checkpoint import CheckpointError
-from transforms import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, PADDING
+from machinery import files
+from machinery.errors import CheckpointError, SettingError
+from machinery.sampling import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, MAX_SKIP, PADDING
 
 # Settings that do not change what a run computes, so that a resumed run may have others.
 FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")
-MAX_SKIP = 0.6  # of the images; `dataset.EpochSampler` draws them from two thirds
-
-
-class SettingError(ValueError):
-    """A setting is out of range, or does not fit the data, the machine or the folder; the message names it."""
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -102,7 +91,9 @@ class Config:
             else:
                 ok, expected = value is None or (isinstance(value, str | os.PathLike) and bool(str(value))), "a path"
                 if ok and value:
-                    object.__setattr__(self, field.name, os.fspath(value))
+                    path = os.fspath(value)  # that of the data is sought again, maybe from another folder
+                    path = os.path.abspath(os.path.expanduser(path)) if field.name == "data_dir" else path
+                    object.__setattr__(self, field.name, path)
             if not ok:
                 raise SettingError(f"{field.name} must be {expected}, got {value!r}")
         if self.resume and self.overwrite:
@@ -115,6 +106,9 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     """The command line as a `Config`; leaves with a message if something in it is wrong.
 
     With --resume, what is not given is as in the run that is resumed.
+
+    Raises:
+        CheckpointError: There is no run to resume, or its checkpoint is damaged.
     """
     parser = argparse.ArgumentParser(
         description="Train Net on CIFAR-10 and save metrics.json, curves.png and model.pt in runs/NAME.",
@@ -139,18 +133,23 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     given = vars(parser.parse_args(arguments))
     try:
         return resumed(given.pop("resume"), **given) if "resume" in given else Config(**given)
-    except (SettingError, CheckpointError) as error:
+    except SettingError as error:
         parser.error(str(error))
 
 
 def resumed(folder: str | Path, **changes: Any) -> Config:
     """The settings with which `fit` goes on with the run in `folder`: its own, but for `changes`.
 
+    Args:
+        folder: runs/NAME, or a file in it, such as last.pt.
+        changes: Fields of `Config`.
+
     Raises:
         CheckpointError: There is no run, or its checkpoint is damaged.
     """
-    saved = settings_of(checkpoint.load(Path(folder) / "last.pt"), folder)
-    return Config(**{**saved, "name": Path(folder).name or None, "overwrite": False, **changes, "resume": folder})
+    folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    saved = settings_of(files.load(folder / "last.pt"), folder)
+    return Config(**{**saved, "name": folder.name or None, "overwrite": False, **changes, "resume": folder})
 
 
 def settings_of(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
@@ -166,74 +165,3 @@ def settings_of(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
             f"({', '.join(sorted(other))}): go on with that version, or begin a new run"
         )
     return saved
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how the arithmetic is done; decided once per run by `choose_runtime`."""
-
-    device: torch.device
-    bf16: bool
-    channels_last: bool
-
-    def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.device}, {'bf16' if self.bf16 else 'fp32'}, {layout}"
-
-    def place(self, batch: Tensor) -> Tensor:
-        """Images (N, 3, H, W) on the device, in the chosen layout."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return batch.to(self.device, memory_format=layout, non_blocking=True)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = "auto") -> Runtime:
-    """The fastest of what this machine can do, except where told otherwise; arguments as in `Config`.
-
-    bf16 pays 2x to 8x on processors with avx512_bf16 or AMX and on CUDA from Ampere on, and costs elsewhere.
-
-    Raises:
-        SettingError: The device is not available.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    if not available[device]:
-        raise SettingError(
-            f"device {device} is not available here; these are: {', '.join(n for n in available if available[n])}"
-        )
-    if device == "cuda":
-        bf16_is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
-        bf16_is_fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return Runtime(
-        torch.device(device),
-        bf16=bf16_is_fast if precision == "auto" else precision == "bf16",
-        channels_last=device != "mps" if layout == "auto" else layout == "channels_last",
-    )
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next step, which takes as much again; elsewhere does nothing.
-
-    By default it gives blocks of 32 MB and more back to the system at once, and the system hands them out again page by
-    page, each wiped first: on 2 cores a sixth of the training time. What is kept is at most what was in use at once.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def describe_hardware() -> str:
-    """The processor, its fastest instructions for bf16, its cores in use, and the GPU, as far as there are such."""
-    capabilities = torch.cpu.get_capabilities()
-    parts = [capabilities.get("cpu_name") or platform.processor() or platform.machine()]
-    parts += [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)][:1]
-    parts += [f"{torch.get_num_threads()} threads"]
-    parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return ", ".join(parts)

@@ -1,7 +1,7 @@
 """CIFAR-10 on disk: found, checked, unpacked, downloaded; or a drawn stand-in for it.
 
 Nothing is unpickled before its md5 has been checked, and nothing half-written is left behind.
-`python storage.py` does it all and says where the data is; status 3 means out of reach, 1 damaged.
+`python -m machinery.data` does it all and says where the data is; status 3 means out of reach, 1 damaged.
 """
 
 import contextlib
@@ -18,27 +18,23 @@ import numpy as np
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
+from machinery.errors import DataError, DataUnreachableError
+
 FOLDER = datasets.CIFAR10.base_folder  # cifar-10-batches-py
 ARCHIVE = datasets.CIFAR10.filename  # cifar-10-python.tar.gz
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO}
 SYNTHETIC_COUNTS = {True: 50_000, False: 10_000}  # images to train and to test, as in CIFAR-10
 
 
-class DataError(RuntimeError):
-    """CIFAR-10 is damaged or out of reach; the message says where, why and what to do."""
-
-
-class DataUnreachableError(DataError):
-    """CIFAR-10 was found nowhere, and downloading it failed."""
-
-
-def load_cifar10(train: bool, data_dir: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+def load_cifar10(
+    train: bool, data_dir: str | Path | None = None, download: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """The training or the test set as (uint8 (N, 32, 32, 3) RGB 0-255, int64 (N,)); see `prepare` for the rest."""
-    dataset = datasets.CIFAR10(prepare(data_dir), train=train, download=False)
+    dataset = datasets.CIFAR10(prepare(data_dir, download), train=train, download=False)
     return dataset.data, np.asarray(dataset.targets, dtype=np.int64)
 
 
-def prepare(data_dir: str | Path | None = None) -> Path:
+def prepare(data_dir: str | Path | None = None, download: bool = True) -> Path:
     """The folder that holds a complete, checked `cifar-10-batches-py`; unpacked or downloaded if need be.
 
     Looks in `data_dir`, `$CIFAR10_ROOT` and `./data`, in that order, first for the folder, then for the archive
@@ -59,6 +55,8 @@ def prepare(data_dir: str | Path | None = None) -> Path:
         if data_dir and root != roots[0]:
             print(f"CIFAR-10 is not in {roots[0]}; taking that in {root}", file=sys.stderr)
         return root
+    if not download:
+        raise DataUnreachableError(_not_found(roots, "it may not be downloaded (download=False)"))
     _download(roots[0], roots)
     return roots[0]
 

@@ -1,18 +1,18 @@
-"""Training where the images are: batches drawn on the device itself, and steps replayed as CUDA graphs."""
+"""Batches drawn on the device where training is, and the processes that prepare batches elsewhere."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+import contextlib
+import signal
+from collections.abc import Iterator
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import CIFAR10, EpochSampler
-from transforms import DRAWN_FOR, HOLE, HOLE_COLOUR, MEAN, STD, crop_corners, hole_corners, is_flipped
+from machinery.images import Images
+from machinery.sampling import DRAWN_FOR, HOLE, EpochSampler, crop_corners, hole_corners, is_flipped
 
-AUGMENTATIONS = {"crop", "flip", "cutout"}  # what can be done here
-EAGER_STEPS = 3  # before a step is captured, so that whatever is allocated or tuned at first is outside of the graph
+ON_DEVICE = {"crop", "flip", "cutout"}  # the augmentations that `DeviceLoader` can do
 
 
 class DeviceLoader:
@@ -28,18 +28,23 @@ class DeviceLoader:
         device: Where to.
     """
 
-    def __init__(self, dataset: CIFAR10, batch_size: int, sampler: EpochSampler | range, device: torch.device) -> None:
+    def __init__(self, dataset: Images, batch_size: int, sampler: EpochSampler | range, device: torch.device) -> None:
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
         self.ranks = sampler.ranks if isinstance(sampler, EpochSampler) else sampler.step
         images = dataset.images.numpy()
-        if "crop" in dataset.augmentations:
+        if "crop" in dataset.augment:
             sides = (dataset.padding, dataset.padding)
             images = np.pad(images, ((0, 0), sides, sides, (0, 0)), mode="reflect")
         self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
         self.labels = dataset.labels.to(device)
         self.size = (dataset.images.shape[1], dataset.images.shape[2])
-        self.mean, self.std = (255 * torch.tensor(values, device=device) for values in (MEAN, STD))
-        self.colour = torch.from_numpy(HOLE_COLOUR).to(device)
+        self.mean, self.std = (255 * torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
+        self.colour = torch.tensor(dataset.hole_colour, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def can_draw(dataset: object) -> bool:
+        """Whether the images of this Dataset can be drawn here."""
+        return isinstance(dataset, Images) and dataset.transform is None and ON_DEVICE.issuperset(dataset.augment)
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // (self.batch_size // self.ranks))
@@ -59,10 +64,10 @@ class DeviceLoader:
 
     def _places(self, epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         """What the draws come to: for crop and cutout, corners int64 (N, 2) as (y, x); for flip, bool (N,)."""
-        if not self.dataset.augmentations:
+        if not self.dataset.augment:
             return {}
         draws = self.dataset.draws(epoch, indices)
-        draw = {name: draws[:, [other == name for other in DRAWN_FOR]] for name in self.dataset.augmentations}
+        draw = {name: draws[:, [other == name for other in DRAWN_FOR]] for name in self.dataset.augment}
         places = {
             "crop": lambda: crop_corners(draw["crop"], self.dataset.padding),
             "flip": lambda: is_flipped(draw["flip"])[:, 0],
@@ -93,35 +98,15 @@ class DeviceLoader:
         return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
-class Captured:
-    """A function of tensors on a CUDA device, replayed as one CUDA graph for each shape of its arguments.
+def end_workers(loader: object) -> None:
+    """Ends the processes of a loader now. An exception would keep them, and ending them later can take a minute."""
+    if iterator := getattr(loader, "_iterator", None):
+        with contextlib.suppress(RuntimeError):  # of one that was killed
+            iterator._shutdown_workers()
 
-    A step of a small network is some hundreds of short kernels, and starting them takes longer than running them; a
-    graph starts them all at once. What it returns is overwritten by the next call.
-    """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.calls: Counter[tuple] = Counter()
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
-
-    def __call__(self, *arguments: Tensor) -> Any:
-        key = tuple((argument.shape, argument.dtype) for argument in arguments)
-        self.calls[key] += 1
-        if self.calls[key] <= EAGER_STEPS:
-            aside = torch.cuda.Stream()  # as torch.cuda.graph captures on
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                result = self.function(*arguments)
-            torch.cuda.current_stream().wait_stream(aside)
-            return result
-        if key not in self.graphs:
-            graph, static = torch.cuda.CUDAGraph(), tuple(argument.clone() for argument in arguments)
-            with torch.cuda.graph(graph):
-                result = self.function(*static)
-            self.graphs[key] = graph, static, result
-        graph, static, result = self.graphs[key]
-        for held, argument in zip(static, arguments, strict=True):
-            held.copy_(argument)
-        graph.replay()
-        return result
+def start_worker(worker: int) -> None:
+    """What each process of a loader does first."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes, but for the training one to answer
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(0)  # OpenCV's threads would fight those of training for the cores

@@ -1,0 +1,295 @@
+"""A training, from its settings to its saved result, alone or as one of several processes."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from machinery import files, processes
+from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError
+from machinery.folder import NOTED, Folder, new_record
+from machinery.loading import end_workers
+from machinery.meter import Meter
+from machinery.optim import recipe_optimizer
+from machinery.runtime import Runtime, choose_runtime, keep_freed_memory
+from machinery.sampling import EpochSampler
+from machinery.settings import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@contextlib.contextmanager
+def running(
+    config: Config,
+    model: nn.Module | None,
+    make_network: Callable[[str | None], nn.Module],
+    make_loaders: Callable[[Config, torch.device], tuple[DataLoader, DataLoader]],
+    draw: Callable[[dict[str, list]], "Figure"],
+) -> Iterator["Run"]:
+    """The run that these settings begin or take up, ready for its next epoch; at the end, all is saved or said.
+
+    Args:
+        config: All settings.
+        model: What is trained, in place; if None, what `make_network` returns.
+        make_network: The network that begins with the weights in this file, or, given None, with fresh ones.
+        make_loaders: The loader of the training images and that of the images to test on.
+        draw: The picture of a history.
+    """
+    runtime = choose_runtime(config.device, config.precision, config.layout)
+    with processes.process_group(runtime.device.type), Folder(config) as folder:
+        config, taken_up = folder.config, folder.read()
+        torch.manual_seed(config.seed)
+        if model is None:
+            model = processes.broadcast_from_rank_0(lambda: make_network(None if taken_up else config.weights))
+        elif config.weights and not taken_up:
+            raise SettingError("weights and a model of your own both say where training starts; give one of them")
+        if processes.rank():  # else the dropout and CutMix of all processes would be the same
+            torch.manual_seed(config.seed + processes.rank())
+        keep_freed_memory()
+        model.to(runtime.device)
+        if runtime.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        run = Run(config, model, runtime, make_loaders(config, runtime.device), folder, draw)
+        if taken_up:
+            run.take_up(taken_up)
+        run.introduce()
+        try:
+            with files.stop_requests() as run.request, processes.parallel(model) as run.network:
+                yield run
+        except (RuntimeError, MemoryError, OSError, EOFError) as error:
+            if cause := processes.failure_of_the_machine(error):
+                raise MachineError(f"{cause}\n{folder.how_to_go_on()}") from error
+            raise
+        finally:
+            end_workers(run.train_loader)
+        run.check()
+
+
+class Run:
+    """What a training consists of, and what is saved of it in runs/<name>/.
+
+    Saved together: last.pt (weights, optimizer, schedule, place in the epoch, losses where `skip` needs them, history,
+    settings, random states), and after every epoch metrics.json (history, settings, versions, hardware, times, and the
+    same of the runs before if it began with weights of theirs), curves.png and model.pt.
+
+    Raises:
+        SettingError: The folder holds a run already, cannot be written, or has other settings than `config`.
+        CheckpointError: What is to be resumed is missing, damaged, or of another network.
+    """
+
+    request: files.StopRequest
+    network: nn.Module  # the model as all processes train it together
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        runtime: Runtime,
+        loaders: tuple[DataLoader, DataLoader],
+        folder: Folder,
+        draw: Callable[[dict[str, list]], "Figure"],
+    ) -> None:
+        self.config, self.model, self.runtime, self.folder, self.draw = config, model, runtime, folder, draw
+        self.train_loader, self.test_loader = loaders
+        self.sampler = cast(EpochSampler, self.train_loader.sampler)
+        self.optimizer = recipe_optimizer(model, config.lr)
+        self._set_rates([group["lr"] for group in self.optimizer.param_groups])
+        lengths = (math.ceil(self.sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs))
+        ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
+        self.scheduler = LambdaLR(
+            self.optimizer, lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / config.epochs
+        )
+        self.meter = self._empty_meter()
+        self.result = new_record(config, model, runtime)
+        self.started = self.saved_at = time.perf_counter()
+
+    @property
+    def history(self) -> dict[str, list]:
+        return self.result["history"]
+
+    @property
+    def epochs(self) -> int:
+        """How many are finished."""
+        return len(self.history.get("epoch", ()))
+
+    def introduce(self) -> None:
+        """Says what is trained, on what, and where the results go."""
+        ranks = processes.world_size()
+        self.say(
+            f"{type(self.model).__name__}, {self.result['parameters']:,} parameters, on {self.sampler.size:,} images "
+            f"of {self.config.data}; {self.runtime}{f', {ranks} processes' if ranks > 1 else ''}\n"
+            f"results in {self.folder.path}"
+            + (f", going on after {self.epochs} epochs and {self.meter.steps} steps" if self.config.resume else "")
+        )
+
+    def say(self, text: str) -> None:
+        """Prints, once for all processes."""
+        if processes.rank() == 0:
+            print(text, flush=True)
+
+    def epochs_left(self) -> Iterator[str]:
+        """A title for each epoch that the run still lacks."""
+        for epoch in range(self.epochs + 1, self.config.epochs + 1):
+            self.title = f"epoch {epoch}/{self.config.epochs}"
+            self.title += " (synthetic)" if self.config.data == "synthetic" else ""
+            yield self.title
+
+    def after_step(self) -> None:
+        """Saves if it is time to, and ends the run if someone asked for it."""
+        stop = processes.max_over_ranks(self.request.signal)  # of all, which are asked at different moments
+        if stop or time.perf_counter() - self.saved_at > 60 * self.config.save_minutes:
+            self.save()
+        self._end_if(stop)
+
+    def finish_epoch(self, train: tuple[float, float], test: tuple[float, float]) -> None:
+        """Adds an epoch to the history, says how it went, and saves everything.
+
+        Args:
+            train: Mean loss in nats, and accuracy in percent.
+            test: Likewise.
+
+        Raises:
+            NonFiniteLossError: The loss or a weight became infinite or NaN; what was saved before is kept.
+            StoppedError: Someone asked for an end, and there are epochs left.
+        """
+        if self.meter.losses is not None:
+            self.sampler.note(self.epochs, torch.cat(self.meter.losses))
+        if not math.isfinite(test[0]):
+            raise NonFiniteLossError(
+                f"{self.title}: the weights became infinite or NaN. Try a lower lr, or precision fp32."
+            )
+        config, before = self.config, self.history.get("seconds", [0.0])[-1]
+        row = {
+            "epoch": self.epochs + 1,
+            "train_loss": train[0],
+            "train_accuracy": train[1],
+            "test_loss": test[0],
+            "test_accuracy": test[1],
+            "lr": config.lr * (1 - self.epochs / config.epochs),
+            "seconds": round(before + self.meter.seconds, 2),
+            "data": config.data,
+            "tested_on": "held-out" if config.holdout else "test",
+        }
+        for column, value in row.items():
+            self.history.setdefault(column, []).append(value)
+        self.meter = self._empty_meter()
+        self.say(
+            f"{self.title}: train {train[1]:.2f} % (loss {train[0]:.3f}), "
+            f"{row['tested_on']} {test[1]:.2f} % (loss {test[0]:.3f}), {row['seconds']:.0f} s"
+        )
+        self.save()
+        self.write_results()
+        if self.epochs < config.epochs:
+            self._end_if(processes.max_over_ranks(self.request.signal))
+
+    def _end_if(self, stop: int) -> None:
+        if stop:
+            processes.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
+            where = f"saved after {self.epochs} epochs and {self.meter.steps} steps"
+            if "last.pt" in self.folder.errors:
+                where = "not saved: the last save that worked counts"
+            raise StoppedError(f"stopped, {where}\n{self.folder.how_to_go_on()}", stop)
+
+    def _empty_meter(self) -> Meter:
+        return Meter(torch.zeros(2, device=self.runtime.device), losses=[] if self.config.skip else None)
+
+    def _set_rates(self, rates: list[float]) -> None:
+        """The learning rates of the optimizer's groups; on CUDA a graph reads them from the device."""
+        device = self.runtime.device
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
+
+    def write_results(self) -> None:
+        """Writes metrics.json, curves.png and model.pt, on rank 0."""
+        if processes.rank() > 0:
+            return
+        picture, weights = io.BytesIO(), io.BytesIO()
+        self.draw(self.history).savefig(picture, format="png")
+        torch.save(self.model.state_dict(), weights)
+        self.folder.write("metrics.json", (json.dumps(self.result, indent=1) + "\n").encode())
+        self.folder.write("curves.png", picture.getvalue())
+        self.folder.write("model.pt", weights.getvalue())
+
+    def check(self) -> None:
+        """Raises UnsavedError if a file is not as it should be at the end."""
+        for name, error in self.folder.errors.items():
+            path = self.folder.path / name
+            raise UnsavedError(f"training ended, but {path} could not be written: {error}", self.history)
+
+    def save(self) -> None:
+        """Writes last.pt, on rank 0.
+
+        Raises:
+            NonFiniteLossError: A weight is infinite or NaN; such a state is not saved.
+        """
+        if processes.rank() > 0:
+            return
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise NonFiniteLossError("a weight became infinite or NaN. Try a lower lr, or precision fp32.")
+        now = time.perf_counter()
+        self.result["wall_seconds"] = round(self.result["wall_seconds"] + now - self.started, 2)
+        self.started = self.saved_at = now
+        state = {
+            "result": self.result,
+            "meter": dataclasses.asdict(self.meter),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "losses": self.sampler.losses if self.config.skip else None,
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        self.folder.write("last.pt", files.packed(state))
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Puts everything back as it was when `state` was saved.
+
+        Raises:
+            CheckpointError: It does not fit this network, or lacks something.
+        """
+        try:
+            result, meter = state["result"], state["meter"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if state["losses"] is not None:
+                self.sampler.losses.copy_(state["losses"])
+            if processes.rank() == 0:  # the others would all draw as this one does
+                torch.set_rng_state(state["random"])
+                if torch.cuda.is_available() and state["cuda_random"] is not None:
+                    torch.cuda.set_rng_state(state["cuda_random"])
+            device = self.runtime.device
+            losses = None if meter["losses"] is None else [part.to(device) for part in meter["losses"]]
+            self.meter = Meter(**{**meter, "sums": meter["sums"].to(device), "losses": losses})
+            self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
+            other = [field for field in NOTED if result[field] != self.result[field]]
+            planned = result["config"]["epochs"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            path = self.folder.path / "last.pt"
+            raise CheckpointError(f"{path} does not fit this network, or is damaged: {error}") from error
+        scheduler = self.scheduler
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]  # others if `epochs` has changed
+        self._set_rates([float(base) * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)])
+        for field in other:
+            self.say(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit")
+        if self.config.epochs != planned:
+            self.say(
+                f"epochs {planned} -> {self.config.epochs}: the learning rate goes on as in a run of "
+                f"{self.config.epochs} epochs; those so far had the shorter schedule, so the end will not be that of "
+                f"a run of {self.config.epochs} from the beginning"
+            )
+        self.sampler.epoch, self.sampler.start = self.epochs, self.meter.images
+        if self.epochs and not self.meter.steps:
+            self.write_results()  # whoever was killed may have had no time for them

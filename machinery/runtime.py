@@ -1,0 +1,138 @@
+"""How a network is run: on which device, in which precision and layout, in which mode, and its steps as graphs."""
+
+import contextlib
+import ctypes
+import dataclasses
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from machinery.errors import SettingError
+
+EAGER_STEPS = 3  # before a step is captured, so that whatever is allocated or tuned at first is outside of the graph
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the arithmetic is done; decided once per run by `choose_runtime`."""
+
+    device: torch.device
+    bf16: bool
+    channels_last: bool
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{self.device}, {'bf16' if self.bf16 else 'fp32'}, {layout}"
+
+    def place(self, batch: Tensor) -> Tensor:
+        """Images (N, 3, H, W) on the device, in the chosen layout."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return batch.to(self.device, memory_format=layout, non_blocking=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = "auto") -> Runtime:
+    """The fastest of what this machine can do, except where told otherwise; arguments as in `Config`.
+
+    bf16 pays 2x to 8x on processors with avx512_bf16 or AMX and on CUDA from Ampere on, and costs elsewhere.
+
+    Raises:
+        SettingError: The device is not available.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[device]:
+        raise SettingError(
+            f"device {device} is not available here; these are: {', '.join(n for n in available if available[n])}"
+        )
+    if device == "cuda":
+        bf16_is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+        bf16_is_fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return Runtime(
+        torch.device(device),
+        bf16=bf16_is_fast if precision == "auto" else precision == "bf16",
+        channels_last=device != "mps" if layout == "auto" else layout == "channels_last",
+    )
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """What `choose_runtime` finds best on the device where the model is."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return dataclasses.replace(choose_runtime(device.type), device=device)
+
+
+@contextlib.contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode inside the `with`, then back into the mode in which it came."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class Captured:
+    """A function of tensors on a CUDA device to a tuple of tensors, replayed as one CUDA graph for each shape.
+
+    A step of a small network is some hundreds of short kernels, and starting them takes longer than running them; a
+    graph starts them all at once.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.function = function
+        self.calls: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        key = tuple((argument.shape, argument.dtype) for argument in arguments)
+        self.calls[key] += 1
+        if self.calls[key] <= EAGER_STEPS:
+            aside = torch.cuda.Stream()  # as torch.cuda.graph captures on
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                results = self.function(*arguments)
+            torch.cuda.current_stream().wait_stream(aside)
+            return results
+        if key not in self.graphs:
+            graph, static = torch.cuda.CUDAGraph(), tuple(argument.clone() for argument in arguments)
+            with torch.cuda.graph(graph):
+                results = self.function(*static)
+            self.graphs[key] = graph, static, results
+        graph, static, results = self.graphs[key]
+        for held, argument in zip(static, arguments, strict=True):
+            held.copy_(argument)
+        graph.replay()
+        return tuple(result.clone() for result in results)  # the next replay overwrites what the graph holds
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for the next step, which takes as much again; elsewhere does nothing.
+
+    By default it gives blocks of 32 MB and more back to the system at once, and the system hands them out again page by
+    page, each wiped first: on 2 cores a sixth of the training time. What is kept is at most what was in use at once.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def describe_hardware() -> str:
+    """The processor, its fastest instructions for bf16, its cores in use, and the GPU, as far as there are such."""
+    capabilities = torch.cpu.get_capabilities()
+    parts = [capabilities.get("cpu_name") or platform.processor() or platform.machine()]
+    parts += [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)][:1]
+    parts += [f"{torch.get_num_threads()} threads"]
+    parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join(parts)
