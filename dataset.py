@@ -77,6 +77,7 @@ class CIFAR10(Images):
         classes = CLASSES if real else tuple(f"synthetic {k}" for k in range(10))
         options: dict[str, Any] = {"transform": transform, "augment": augment, "seed": seed, "padding": padding}
         super().__init__(images, labels, classes, mean=MEAN, std=STD, **options)
+        self.source = data
 
 
 def train_transform(

@@ -3,18 +3,20 @@
 From a notebook: `history = fit(Config(epochs=4), model)`. From a terminal: `python train.py --epochs 4`.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import Dataset
 
-from dataset import CLASSES, cutmix, make_loaders
+from dataset import cutmix, make_loaders
 from machinery import processes
 from machinery.errors import (
     CheckpointError,
@@ -28,8 +30,9 @@ from machinery.errors import (
 from machinery.meter import Meter
 from machinery.optim import recipe_optimizer
 from machinery.run import running
-from machinery.runtime import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of
+from machinery.runtime import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of, training_mode
 from machinery.settings import Config, parse_args, resumed
+from machinery.trial import batches_of, refuse_labels_beyond, refuse_non_finite, scores_of, views_of
 from model import Net, WeightsError
 
 if TYPE_CHECKING:
@@ -81,14 +84,18 @@ def train_one_epoch(
 
     Raises:
         NonFiniteLossError: The loss is infinite or NaN.
-        ValueError: The loader gives no images.
+        ValueError: The loader gives no images, or something else than (images, labels); or the network answers with
+            something else than scores (N, classes) for these labels.
+        TypeError: The scheduler cannot be stepped so.
     """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError("scheduler is stepped after every batch; step ReduceLROnPlateau yourself, after evaluate")
     runtime = runtime or runtime_of(model)
     meter = meter or Meter(torch.zeros(2, device=runtime.device))
     step = step or training_step(model, optimizer, runtime, label_smoothing)
-    model.train()
+    training_mode(model)
     with meter.start(title, loader, progress) as bar:
-        for images, labels in loader:
+        for images, labels in batches_of(loader):
             images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
             if mix:
                 images, labels = mix(images, labels)
@@ -110,8 +117,9 @@ def training_step(
     """
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with runtime.autocast():
-            scores = model(images).float()  # (N, classes)
+        scores = scores_of(model, images, runtime)  # (N, classes)
+        if labels.ndim == 1:
+            refuse_labels_beyond(labels, scores.shape[1], "labels")
         loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
         sums = processes.sum_over_ranks(_sums(scores.detach(), labels))
         losses = F.cross_entropy(scores.detach(), labels, reduction="none")
@@ -124,27 +132,50 @@ def training_step(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, loader: Batches, *, runtime: Runtime | None = None) -> tuple[Tensor, Tensor]:
+def predict(
+    model: nn.Module, loader: Batches, *, runtime: Runtime | None = None, views: int = 1
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities float32 (N, classes) and labels int64 (N,) of all images, in the loader's order, on the CPU.
 
     The model is left in the mode, train or eval, in which it came.
+
+    Args:
+        model: As in `train_one_epoch`.
+        loader: Likewise.
+        runtime: Likewise.
+        views: With 6, test-time augmentation: the mean of the log-probabilities for the image (half of the weight) and
+            for two copies moved by a pixel, each with its mirror image. Say so wherever you report the accuracy.
+
+    Raises:
+        ValueError: The loader gives no images, or something else than (images, labels).
+        NonFiniteLossError: An answer is infinite or NaN.
     """
     runtime = runtime or runtime_of(model)
-    scores, labels = [], []
+    answers, labels = [], []
     with answering(model):
-        for images, batch_labels in loader:
-            with runtime.autocast():
-                scores.append(model(runtime.place(images)).float().log_softmax(1).cpu())
+        for number, (images, batch_labels) in enumerate(batches_of(loader), 1):
+            answer: Tensor | int = 0
+            for view, weight in views_of(runtime.place(images), views):
+                answer = answer + weight * scores_of(model, view, runtime).log_softmax(1)  # (N, classes)
+            answers.append(torch.as_tensor(answer).cpu())
             labels.append(batch_labels.cpu())
-    if not scores:
+            refuse_non_finite(answers[-1], number)
+    if not answers:
         raise ValueError("the loader gives no images")
-    return torch.cat(scores), torch.cat(labels)
+    return torch.cat(answers), torch.cat(labels)
 
 
-def evaluate(model: nn.Module, loader: Batches, *, runtime: Runtime | None = None) -> tuple[float, float]:
-    """Mean loss (negative log-likelihood in nats) and accuracy (percent) over all images, each counted once."""
+def evaluate(
+    model: nn.Module, loader: Batches, *, runtime: Runtime | None = None, views: int = 1
+) -> tuple[float, float]:
+    """Mean loss (negative log-likelihood in nats) and accuracy (percent) over all images, each counted once.
+
+    Arguments and errors are those of `predict`.
+    """
     runtime = runtime or runtime_of(model)
-    sums = _sums(*predict(model, loader, runtime=runtime)).to(runtime.device)
+    log_probs, labels = predict(model, loader, runtime=runtime, views=views)
+    refuse_labels_beyond(labels, log_probs.shape[1], "labels")
+    sums = _sums(log_probs, labels).to(runtime.device)
     loss_sum, correct, count = processes.sum_over_ranks(sums).tolist()
     return loss_sum / count, 100 * correct / count
 
@@ -159,14 +190,31 @@ def _sums(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss, right, torch.full_like(right, len(labels))])
 
 
-def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None = None) -> dict[str, list]:
+def fit(
+    config: Config,
+    model: nn.Module | None = None,
+    *,
+    train_set: Dataset | None = None,
+    test_set: Dataset | None = None,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    on_epoch: Callable[[dict[str, Any]], object] | None = None,
+    progress: bool | None = None,
+) -> dict[str, list]:
     """Trains `model`, a new `Net` by default, in place, and saves what comes of it in runs/<name>/.
 
     Args:
         config: All settings.
-        model: Any network from (N, 3, 32, 32) to (N, 10). Its weights are where training starts; pass `Net()` made
+        model: Any network from (N, 3, H, W) to (N, classes). Its weights are where training starts; pass `Net()` made
             after `torch.manual_seed(config.seed)` to start where the default starts. Not together with
             `config.weights`, which says the same for a `Net`.
+        train_set: Any Dataset of (float tensor (3, H, W), label), in the place of CIFAR-10. A `Net` made here has an
+            output for each of its `classes`.
+        test_set: Likewise; without it, `config.holdout` says how many of the training images are kept aside.
+        optimizer: Of your own, over the model's parameters. The learning rate then stays what it is, but for a
+            scheduler; `config.lr` is not used.
+        scheduler: Of your own, of that optimizer; stepped after every batch.
+        on_epoch: Called after every epoch, when it is saved, with what the history got of it.
         progress: Whether to show bars; by default on a terminal and in a notebook.
 
     Returns:
@@ -177,7 +225,8 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         Saved in the folder: see `machinery.run.Run`.
 
     Raises:
-        SettingError: A setting does not fit the data or the machine, or the folder already holds a run.
+        SettingError: A setting, or what was given besides, does not fit the data or the machine, or the folder already
+            holds a run.
         DataError: CIFAR-10 is missing or damaged.
         CheckpointError: The run to be resumed is missing, damaged, or of another network.
         WeightsError: The file in `config.weights` is missing, damaged or of another network.
@@ -186,9 +235,10 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
         StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
         UnsavedError: Training ended, but the disk did not take the result.
     """
-    with running(config, model, _network, make_loaders, _curves) as run:
+    loaders = functools.partial(make_loaders, train_set=train_set, test_set=test_set)
+    with running(config, model, optimizer, scheduler, network=_network, loaders=loaders, draw=_curves) as run:
         step = training_step(run.network, run.optimizer, run.runtime, config.label_smoothing)
-        mix = cutmix(config.cutmix, len(CLASSES))
+        mix = cutmix(config.cutmix, run.classes)
         for title in run.epochs_left():
             train = train_one_epoch(
                 run.network,
@@ -204,12 +254,12 @@ def fit(config: Config, model: nn.Module | None = None, *, progress: bool | None
                 step=step,
             )
             test = evaluate(run.model, run.test_loader, runtime=run.runtime)
-            run.finish_epoch(train, test)
+            run.finish_epoch(train, test, on_epoch)
     return run.history
 
 
-def _network(weights: str | None) -> Net:
-    return Net.from_pretrained(weights) if weights else Net()
+def _network(weights: str | None, classes: int) -> Net:
+    return Net.from_pretrained(weights, num_classes=classes) if weights else Net(classes)
 
 
 def _curves(history: dict[str, list]) -> "Figure":

@@ -46,6 +46,8 @@ class Images(Dataset):
             is given besides.
     """
 
+    source = "your own"  # "cifar10" or "synthetic" where they are that
+
     def __init__(
         self,
         images: np.ndarray | Tensor,

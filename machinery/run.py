@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from machinery import files, processes
@@ -25,6 +26,7 @@ from machinery.optim import recipe_optimizer
 from machinery.runtime import Runtime, choose_runtime, keep_freed_memory
 from machinery.sampling import EpochSampler
 from machinery.settings import Config
+from machinery.trial import try_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,36 +36,50 @@ if TYPE_CHECKING:
 def running(
     config: Config,
     model: nn.Module | None,
-    make_network: Callable[[str | None], nn.Module],
-    make_loaders: Callable[[Config, torch.device], tuple[DataLoader, DataLoader]],
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None,
+    *,
+    network: Callable[[str | None, int], nn.Module],
+    loaders: Callable[[Config, torch.device], tuple[DataLoader, DataLoader]],
     draw: Callable[[dict[str, list]], "Figure"],
 ) -> Iterator["Run"]:
     """The run that these settings begin or take up, ready for its next epoch; at the end, all is saved or said.
 
     Args:
         config: All settings.
-        model: What is trained, in place; if None, what `make_network` returns.
-        make_network: The network that begins with the weights in this file, or, given None, with fresh ones.
-        make_loaders: The loader of the training images and that of the images to test on.
+        model: What is trained, in place; if None, what `network` returns.
+        optimizer: Of its parameters; if None, that of the recipe.
+        scheduler: Of the optimizer; if None, that of the recipe with its optimizer, and none with another.
+        network: Makes one that begins with the weights in this file, or, given None, with fresh ones, for so many
+            classes.
+        loaders: Makes the loader of the training images and that of the images to test on.
         draw: The picture of a history.
     """
     runtime = choose_runtime(config.device, config.precision, config.layout)
     with processes.process_group(runtime.device.type), Folder(config) as folder:
-        config, taken_up = folder.config, folder.read()
+        config, state = folder.config, folder.read()
+        train_loader, test_loader = loaders(config, runtime.device)
+        names = getattr(train_loader.dataset, "classes", None)
         torch.manual_seed(config.seed)
         if model is None:
-            model = processes.broadcast_from_rank_0(lambda: make_network(None if taken_up else config.weights))
-        elif config.weights and not taken_up:
+            weights, count = None if state else config.weights, len(names or range(10))
+            model = processes.broadcast_from_rank_0(lambda: network(weights, count))
+            if optimizer:
+                raise SettingError("an optimizer of your own needs the model whose parameters it has")
+        elif config.weights and not state:
             raise SettingError("weights and a model of your own both say where training starts; give one of them")
         if processes.rank():  # else the dropout and CutMix of all processes would be the same
             torch.manual_seed(config.seed + processes.rank())
         keep_freed_memory()
-        model.to(runtime.device)
-        if runtime.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        run = Run(config, model, runtime, make_loaders(config, runtime.device), folder, draw)
-        if taken_up:
-            run.take_up(taken_up)
+        layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
+        model.to(runtime.device).to(memory_format=layout)  # type: ignore[call-overload]
+        share = config.batch_size // processes.world_size()
+        sets = train_loader.dataset, test_loader.dataset
+        runtime, classes = try_out(model, *sets, share, runtime, config.layout)
+        run = Run(config, model, optimizer, scheduler, runtime, (train_loader, test_loader), folder, draw)
+        run.classes = classes
+        if state:
+            run.take_up(state)
         run.introduce()
         try:
             with files.stop_requests() as run.request, processes.parallel(model) as run.network:
@@ -73,7 +89,7 @@ def running(
                 raise MachineError(f"{cause}\n{folder.how_to_go_on()}") from error
             raise
         finally:
-            end_workers(run.train_loader)
+            end_workers(train_loader)
         run.check()
 
 
@@ -91,11 +107,14 @@ class Run:
 
     request: files.StopRequest
     network: nn.Module  # the model as all processes train it together
+    classes: int  # that it tells apart
 
     def __init__(
         self,
         config: Config,
         model: nn.Module,
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | None,
         runtime: Runtime,
         loaders: tuple[DataLoader, DataLoader],
         folder: Folder,
@@ -104,16 +123,34 @@ class Run:
         self.config, self.model, self.runtime, self.folder, self.draw = config, model, runtime, folder, draw
         self.train_loader, self.test_loader = loaders
         self.sampler = cast(EpochSampler, self.train_loader.sampler)
-        self.optimizer = recipe_optimizer(model, config.lr)
-        self._set_rates([group["lr"] for group in self.optimizer.param_groups])
-        lengths = (math.ceil(self.sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs))
-        ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
-        self.scheduler = LambdaLR(
-            self.optimizer, lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / config.epochs
-        )
+        self.bare = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+        self.data = getattr(self.train_loader.dataset, "source", "your own")
+        self.by_recipe = optimizer is None
+        if optimizer is None:
+            optimizer = recipe_optimizer(model, config.lr)
+            if scheduler is not None:
+                raise SettingError("scheduler: it needs the optimizer that it is of; give fit both")
+            scheduler = LambdaLR(optimizer, self._factor())
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if unknown := own - set(map(id, model.parameters())):
+            raise SettingError(f"optimizer: {len(unknown)} of its parameters are not of this model")
+        if scheduler is not None and scheduler.optimizer is not optimizer:
+            raise SettingError("scheduler: it is of another optimizer than the one given")
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self._rates_to_device()
         self.meter = self._empty_meter()
-        self.result = new_record(config, model, runtime)
+        self.result = new_record(config, self.bare, runtime)
+        names = getattr(self.train_loader.dataset, "classes", None)
+        self.result |= {"data": self.data, "classes": list(names) if names else None}
+        self.result |= {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
         self.started = self.saved_at = time.perf_counter()
+
+    def _factor(self) -> Callable[[int], float]:
+        """Of the recipe's learning rates at a step: it falls linearly to 0 over all epochs."""
+        sampler, epochs = self.sampler, self.config.epochs
+        lengths = (math.ceil(sampler.count(epoch) / self.config.batch_size) for epoch in range(epochs))
+        ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
+        return lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / epochs
 
     @property
     def history(self) -> dict[str, list]:
@@ -128,8 +165,8 @@ class Run:
         """Says what is trained, on what, and where the results go."""
         ranks = processes.world_size()
         self.say(
-            f"{type(self.model).__name__}, {self.result['parameters']:,} parameters, on {self.sampler.size:,} images "
-            f"of {self.config.data}; {self.runtime}{f', {ranks} processes' if ranks > 1 else ''}\n"
+            f"{self.result['network']}, {self.result['parameters']:,} parameters, on {self.sampler.size:,} images "
+            f"of {self.data}; {self.runtime}{f', {ranks} processes' if ranks > 1 else ''}\n"
             f"results in {self.folder.path}"
             + (f", going on after {self.epochs} epochs and {self.meter.steps} steps" if self.config.resume else "")
         )
@@ -142,8 +179,8 @@ class Run:
     def epochs_left(self) -> Iterator[str]:
         """A title for each epoch that the run still lacks."""
         for epoch in range(self.epochs + 1, self.config.epochs + 1):
-            self.title = f"epoch {epoch}/{self.config.epochs}"
-            self.title += " (synthetic)" if self.config.data == "synthetic" else ""
+            self.title = f"epoch {epoch}/{self.config.epochs}" + (" (synthetic)" if self.data == "synthetic" else "")
+            self.rate = float(self.optimizer.param_groups[0]["lr"])
             yield self.title
 
     def after_step(self) -> None:
@@ -153,12 +190,18 @@ class Run:
             self.save()
         self._end_if(stop)
 
-    def finish_epoch(self, train: tuple[float, float], test: tuple[float, float]) -> None:
+    def finish_epoch(
+        self,
+        train: tuple[float, float],
+        test: tuple[float, float],
+        on_epoch: Callable[[dict[str, Any]], object] | None = None,
+    ) -> None:
         """Adds an epoch to the history, says how it went, and saves everything.
 
         Args:
             train: Mean loss in nats, and accuracy in percent.
             test: Likewise.
+            on_epoch: Called afterwards with what the history got, by the first of several processes.
 
         Raises:
             NonFiniteLossError: The loss or a weight became infinite or NaN; what was saved before is kept.
@@ -177,9 +220,9 @@ class Run:
             "train_accuracy": train[1],
             "test_loss": test[0],
             "test_accuracy": test[1],
-            "lr": config.lr * (1 - self.epochs / config.epochs),
+            "lr": config.lr * (1 - self.epochs / config.epochs) if self.by_recipe else self.rate,
             "seconds": round(before + self.meter.seconds, 2),
-            "data": config.data,
+            "data": self.data,
             "tested_on": "held-out" if config.holdout else "test",
         }
         for column, value in row.items():
@@ -191,6 +234,8 @@ class Run:
         )
         self.save()
         self.write_results()
+        if on_epoch and processes.rank() == 0:
+            on_epoch(row)
         if self.epochs < config.epochs:
             self._end_if(processes.max_over_ranks(self.request.signal))
 
@@ -205,11 +250,10 @@ class Run:
     def _empty_meter(self) -> Meter:
         return Meter(torch.zeros(2, device=self.runtime.device), losses=[] if self.config.skip else None)
 
-    def _set_rates(self, rates: list[float]) -> None:
-        """The learning rates of the optimizer's groups; on CUDA a graph reads them from the device."""
-        device = self.runtime.device
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
+    def _rates_to_device(self) -> None:
+        """On CUDA, a graph reads the learning rates from there."""
+        for group in self.optimizer.param_groups if self.runtime.device.type == "cuda" else ():
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.runtime.device)
 
     def write_results(self) -> None:
         """Writes metrics.json, curves.png and model.pt, on rank 0."""
@@ -217,7 +261,7 @@ class Run:
             return
         picture, weights = io.BytesIO(), io.BytesIO()
         self.draw(self.history).savefig(picture, format="png")
-        torch.save(self.model.state_dict(), weights)
+        torch.save(self.bare.state_dict(), weights)
         self.folder.write("metrics.json", (json.dumps(self.result, indent=1) + "\n").encode())
         self.folder.write("curves.png", picture.getvalue())
         self.folder.write("model.pt", weights.getvalue())
@@ -244,9 +288,9 @@ class Run:
         state = {
             "result": self.result,
             "meter": dataclasses.asdict(self.meter),
-            "model": self.model.state_dict(),
+            "model": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "losses": self.sampler.losses if self.config.skip else None,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -261,9 +305,17 @@ class Run:
         """
         try:
             result, meter = state["result"], state["meter"]
-            self.model.load_state_dict(state["model"])
+            kinds = {"optimizer": "Muon", "scheduler": "LambdaLR"}  # of checkpoints that do not say
+            for what, kind in kinds.items():
+                if result.get(what, kind) != self.result[what]:
+                    raise SettingError(
+                        f"resume: the run was begun with the {what} {result.get(what, kind)}, got {self.result[what]}; "
+                        "give the same, or begin a new run"
+                    )
+            self.bare.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
+            if self.scheduler:
+                self.scheduler.load_state_dict(state["scheduler"])
             if state["losses"] is not None:
                 self.sampler.losses.copy_(state["losses"])
             if processes.rank() == 0:  # the others would all draw as this one does
@@ -276,12 +328,18 @@ class Run:
             self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
             other = [field for field in NOTED if result[field] != self.result[field]]
             planned = result["config"]["epochs"]
+        except SettingError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             path = self.folder.path / "last.pt"
             raise CheckpointError(f"{path} does not fit this network, or is damaged: {error}") from error
-        scheduler = self.scheduler
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]  # others if `epochs` has changed
-        self._set_rates([float(base) * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)])
+        if self.by_recipe:  # other rates if `epochs` has changed
+            scheduler = cast(LambdaLR, self.scheduler)
+            for group, base, factor in zip(
+                self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = float(base) * factor(scheduler.last_epoch)
+        self._rates_to_device()
         for field in other:
             self.say(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit")
         if self.config.epochs != planned:

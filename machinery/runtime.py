@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from machinery.errors import SettingError
 
@@ -65,9 +66,11 @@ def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = 
 
 
 def runtime_of(model: nn.Module) -> Runtime:
-    """What `choose_runtime` finds best on the device where the model is."""
+    """What `choose_runtime` finds best on the device where the model is, in the layout of its filters."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return dataclasses.replace(choose_runtime(device.type), device=device)
+    filters = [p for p in model.parameters() if p.ndim == 4 and min(p.shape[1], *p.shape[2:]) > 1]
+    laid_out = any(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+    return dataclasses.replace(choose_runtime(device.type), device=device, channels_last=laid_out)
 
 
 @contextlib.contextmanager
@@ -79,6 +82,15 @@ def answering(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def training_mode(model: nn.Module) -> None:
+    """Puts a model into train mode, but for BatchNorm whose parameters are frozen: its statistics are, too."""
+    model.train()
+    for layer in model.modules():
+        parameters = list(layer.parameters()) if isinstance(layer, _BatchNorm) else []
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            layer.eval()
 
 
 class Captured:

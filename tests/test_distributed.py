@@ -22,7 +22,7 @@ FLAGS += ["--skip", "0.5"]
 # Without a bias before BatchNorm: its gradient is rounding alone, and Adam would make steps of it.
 SMALL_NETWORK = """
 from torch import nn
-def network():
+def network(classes=10):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 5, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]

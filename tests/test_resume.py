@@ -92,7 +92,7 @@ def test_the_command_line_goes_on_with_the_settings_of_the_run(monkeypatch, caps
         fit(quick(lr=0.1), signal_at(small_network(), 3))
     config = parse_args(["--resume", "runs/quick", "--workers", "1"])
     assert (config.lr, config.epochs, config.workers, config.resume) == (0.1, 3, 1, "runs/quick")
-    monkeypatch.setattr(train, "Net", lambda: signal_at(small_network(), 1, signal.SIGTERM))
+    monkeypatch.setattr(train, "Net", lambda classes: signal_at(small_network(), 1, signal.SIGTERM))
     assert train.main(["--resume", "runs/quick"]) == 128 + signal.SIGTERM
     assert "python train.py --resume runs" in capsys.readouterr().err
     assert train.main(["--resume", "runs/nowhere"]) == 1
