@@ -75,13 +75,13 @@ def running(
         model.to(runtime.device).to(memory_format=layout)  # type: ignore[call-overload]
         share = config.batch_size // processes.world_size()
         sets = train_loader.dataset, test_loader.dataset
-        runtime, classes = try_out(model, *sets, share, runtime, config.layout)
-        run = Run(config, model, optimizer, scheduler, runtime, (train_loader, test_loader), folder, draw)
-        run.classes = classes
-        if state:
-            run.take_up(state)
-        run.introduce()
         try:
+            runtime, classes = try_out(model, *sets, share, runtime, config.layout)
+            run = Run(config, model, optimizer, scheduler, runtime, (train_loader, test_loader), folder, draw)
+            run.classes = classes
+            if state:
+                run.take_up(state)
+            run.introduce()
             with files.stop_requests() as run.request, processes.parallel(model) as run.network:
                 yield run
         except (RuntimeError, MemoryError, OSError, EOFError) as error:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from machinery.errors import NonFiniteLossError, SettingError
+from machinery.processes import failure_of_the_machine
 from machinery.runtime import Runtime, answering
 
 # Of 6 views: how far the image moves, in pixels (down, right), and the weight of that place; each with its mirror
@@ -119,6 +120,8 @@ def try_out(
     try:
         scores = _answers(model, images, runtime)
     except RuntimeError as error:
+        if failure_of_the_machine(error):
+            raise
         if "view size is not compatible" not in str(error) or layout != "auto" or not runtime.channels_last:
             raise SettingError(f"model: it does not take images of shape {tuple(images.shape)}: {error}") from error
         runtime = dataclasses.replace(runtime, channels_last=False)
