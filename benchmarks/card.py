@@ -1,4 +1,4 @@
-"""Measures the trained weights on the test set, for their model card: `make card`, which needs CIFAR-10.
+"""Measures the trained weights on the test set, for weights/README.md: `make card`, which needs CIFAR-10.
 
 Accuracy, plain and per class; calibration; and accuracy on test images spoilt in five ways at five strengths, made with
 Albumentations after the idea of CIFAR-10-C (Hendrycks & Dietterich, 2019), whose images these are not. All in fp32.
@@ -10,25 +10,23 @@ import hashlib
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import albumentations as A
 import numpy as np
 import torch
+from common import FOLDER
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
-FOLDER = Path(__file__).parent
-REPOSITORY = FOLDER.parent
-sys.path.insert(0, str(REPOSITORY))
+from calibration import expected_calibration_error, plot_reliability
+from config import choose_runtime, describe_hardware
+from dataset import CIFAR10, make_loader
+from engine import predict
+from model import WEIGHTS, Net
+from utils import per_class_accuracy, picture_grid
 
-from calibration import expected_calibration_error, plot_reliability  # noqa: E402
-from config import choose_runtime, describe_hardware  # noqa: E402
-from dataset import CIFAR10, make_loader  # noqa: E402
-from engine import predict  # noqa: E402
-from model import WEIGHTS, Net  # noqa: E402
-from utils import per_class_accuracy, picture_grid  # noqa: E402
+MODEL = FOLDER.parent / "model.py"
 
 
 def swapped(picture: np.ndarray, **_: object) -> np.ndarray:
@@ -83,12 +81,12 @@ def ship(run: Path) -> None:
     if not all(value.isfinite().all() for value in state.values()):
         raise OverflowError(f"{run}: half precision does not hold all weights")
     torch.save(state, WEIGHTS)
-    (FOLDER / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
-    digest, model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(), REPOSITORY / "model.py"
-    model.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', model.read_text()))
+    WEIGHTS.with_name("metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    MODEL.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', MODEL.read_text()))
 
 
-def log_probs_of(model: nn.Module, dataset: CIFAR10) -> torch.Tensor:
+def log_probs_of(model: nn.Module, dataset: CIFAR10) -> Tensor:
     """(N, 10) of all images, in fp32."""
     return predict(model, make_loader(dataset, 500, train=False), runtime=choose_runtime("cpu", "fp32"))[0]
 
@@ -118,24 +116,22 @@ def plot_corruptions(dataset: CIFAR10, accuracy: float, corrupted: dict[str, dic
     return figure
 
 
-def percent(right: torch.Tensor) -> float:
-    return round(100 * right.float().mean().item(), 2)
-
-
 def measure(model: nn.Module, test_set: CIFAR10) -> dict:
     """All that the card says of the weights; also draws its pictures."""
-    log_probs, labels = log_probs_of(model, test_set), test_set.labels
-    right = percent(log_probs.argmax(1) == labels)
+    labels = test_set.labels
+
+    def accuracy(log_probs: Tensor) -> float:
+        return round(100 * (log_probs.argmax(1) == labels).float().mean().item(), 2)
+
+    right = accuracy(log_probs := log_probs_of(model, test_set))
     print(f"{right:.2f} % of {len(labels):,} test images", flush=True)
-    plot_reliability(log_probs, labels).savefig(FOLDER / "reliability.png", dpi=110)
+    plot_reliability(log_probs, labels).savefig(WEIGHTS.with_name("reliability.png"), dpi=110)
     corrupted: dict[str, dict[str, float]] = {}
     for name, (strengths, make) in CORRUPTIONS.items():
-        corrupted[name] = {}
-        for strength in strengths:
-            answers = log_probs_of(model, spoilt(test_set, make(strength))).argmax(1)
-            corrupted[name][str(strength)] = percent(answers == labels)
+        corrupted[name] = {str(s): accuracy(log_probs_of(model, spoilt(test_set, make(s)))) for s in strengths}
         print(name, corrupted[name], flush=True)
-    plot_corruptions(test_set, right, corrupted, index=1).savefig(FOLDER / "corruptions.png", dpi=110)
+    picture = plot_corruptions(test_set, right, corrupted, index=1)
+    picture.savefig(WEIGHTS.with_name("corruptions.png"), dpi=110)
     per_class = per_class_accuracy(log_probs, labels, test_set.classes)
     return {
         "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
@@ -144,22 +140,20 @@ def measure(model: nn.Module, test_set: CIFAR10) -> dict:
         "accuracy": right,
         "per_class": {name: round(accuracy, 2) for name, accuracy in per_class.items()},
         "expected_calibration_error": round(expected_calibration_error(log_probs, labels), 2),
-        "mean_confidence": percent(log_probs.exp().amax(1)),
+        "mean_confidence": round(100 * log_probs.exp().amax(1).mean().item(), 2),
         "corrupted": corrupted,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the trained weights for their model card.")
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="put the weights of this run in the place of the others"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, metavar="DIR", help="ship the weights of this run in the place of others")
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is; then $CIFAR10_ROOT, then ./data")
     options = parser.parse_args()
     if options.run:
         ship(options.run)
     result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(train=False, data_dir=options.data_dir))
-    (FOLDER / "card.json").write_text(json.dumps(result, indent=1) + "\n")
+    WEIGHTS.with_name("card.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
