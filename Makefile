@@ -15,7 +15,7 @@ help:
 	@echo "make lint    check style, formatting and types"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
 	@echo "make card    measure the trained weights (RUN=runs/NAME: those of that run, which then ship), then make readme"
-	@echo "make readme  write the numbers and pictures of READMEs and notebook from saved results"
+	@echo "make readme  write saved numbers and pictures into the pages and the notebook"
 	@echo "make clean   delete the environment and caches; runs/ and data/ stay"
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
@@ -50,15 +50,14 @@ lint: $(READY)
 	$(BIN)/mypy .
 
 results: $(READY)
-	$(BIN)/python results/collect.py
-	$(MAKE) readme
+	$(BIN)/python benchmarks/publish.py --take
 
 card: $(READY)
-	$(BIN)/python weights/card.py $(if $(RUN),--run $(RUN))
+	$(BIN)/python benchmarks/card.py $(if $(RUN),--run $(RUN))
 	$(MAKE) readme
 
 readme: $(READY)
-	$(BIN)/python results/readme.py
+	$(BIN)/python benchmarks/publish.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache __pycache__ */__pycache__

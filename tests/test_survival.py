@@ -90,7 +90,8 @@ def test_a_signal_to_all_processes_saves_too(driver):
         "    count[0] += module.training\n"
         "    if count[0] == 3:\n        os.killpg(0, signal.SIGTERM)\n"
         "class Signalling(train.Net):\n"
-        "    def __init__(self, classes=10):\n        super().__init__(classes)\n        self.register_forward_hook(signal_all)\n"
+        "    def __init__(self, classes=10):\n        super().__init__(classes)\n"
+        "        self.register_forward_hook(signal_all)\n"
         "train.Net = Signalling"
     )
     command = [sys.executable, driver(patch), "--name", "all", "--batch-size", "50", "--workers", "1"]

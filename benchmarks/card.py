@@ -1,4 +1,4 @@
-"""Measures the trained weights on the test set, for their model card: `make card`, which needs CIFAR-10.
+"""Measures the trained weights on the test set, for weights/README.md: `make card`, which needs CIFAR-10.
 
 Accuracy, plain and per class; calibration; and accuracy on test images spoilt in five ways at five strengths, made with
 Albumentations after the idea of CIFAR-10-C (Hendrycks & Dietterich, 2019), whose images these are not. All in fp32.
@@ -10,32 +10,22 @@ import hashlib
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import albumentations as A
 import numpy as np
 import torch
+from common import FOLDER
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
-FOLDER = Path(__file__).parent
-REPOSITORY = FOLDER.parent
-sys.path.insert(0, str(REPOSITORY))
+from dataset import CIFAR10, Images, make_loader
+from machinery.figures import picture_grid
+from model import WEIGHTS, Net
+from train import choose_runtime, describe_hardware, predict
+from utils import expected_calibration_error, per_class_accuracy, plot_reliability
 
-from dataset import CIFAR10, Images, make_loader  # noqa: E402
-from machinery.figures import picture_grid  # noqa: E402
-from model import WEIGHTS, Net  # noqa: E402
-from train import (  # noqa: E402
-    choose_runtime,
-    describe_hardware,
-    predict,
-)
-from utils import (  # noqa: E402
-    expected_calibration_error,
-    per_class_accuracy,
-    plot_reliability,
-)
+MODEL = FOLDER.parent / "model.py"
 
 
 def swapped(picture: np.ndarray, **_: object) -> np.ndarray:
@@ -90,12 +80,12 @@ def ship(run: Path) -> None:
     if not all(value.isfinite().all() for value in state.values()):
         raise OverflowError(f"{run}: half precision does not hold all weights")
     torch.save(state, WEIGHTS)
-    (FOLDER / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
-    digest, model = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(), REPOSITORY / "model.py"
-    model.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', model.read_text()))
+    WEIGHTS.with_name("metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    MODEL.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', MODEL.read_text()))
 
 
-def log_probs_of(model: nn.Module, dataset: Images) -> torch.Tensor:
+def log_probs_of(model: nn.Module, dataset: Images) -> Tensor:
     """(N, 10) of all images, in fp32."""
     return predict(model, make_loader(dataset, 500, train=False), runtime=choose_runtime("cpu", "fp32"))[0]
 
@@ -109,7 +99,7 @@ def spoilt(dataset: Images, transform: A.BasicTransform) -> Images:
     return copy
 
 
-def plot_corruptions(dataset: CIFAR10, accuracy: float, corrupted: dict[str, dict[str, float]], index: int) -> Figure:
+def plot_corruptions(dataset: Images, accuracy: float, corrupted: dict[str, dict[str, float]], index: int) -> Figure:
     """Image `index` as it is and under each corruption, with the accuracies in percent on all images spoilt alike."""
     figure, grid = picture_grid(len(CORRUPTIONS), 6, width=8, title_height=0.1)
     one = dataset.subset([index])
@@ -125,24 +115,22 @@ def plot_corruptions(dataset: CIFAR10, accuracy: float, corrupted: dict[str, dic
     return figure
 
 
-def percent(right: torch.Tensor) -> float:
-    return round(100 * right.float().mean().item(), 2)
-
-
-def measure(model: nn.Module, test_set: CIFAR10) -> dict:
+def measure(model: nn.Module, test_set: Images) -> dict:
     """All that the card says of the weights; also draws its pictures."""
-    log_probs, labels = log_probs_of(model, test_set), test_set.labels
-    right = percent(log_probs.argmax(1) == labels)
+    labels = test_set.labels
+
+    def accuracy(log_probs: Tensor) -> float:
+        return round(100 * (log_probs.argmax(1) == labels).float().mean().item(), 2)
+
+    right = accuracy(log_probs := log_probs_of(model, test_set))
     print(f"{right:.2f} % of {len(labels):,} test images", flush=True)
-    plot_reliability(log_probs, labels).savefig(FOLDER / "reliability.png", dpi=110)
+    plot_reliability(log_probs, labels).savefig(WEIGHTS.with_name("reliability.png"), dpi=110)
     corrupted: dict[str, dict[str, float]] = {}
     for name, (strengths, make) in CORRUPTIONS.items():
-        corrupted[name] = {}
-        for strength in strengths:
-            answers = log_probs_of(model, spoilt(test_set, make(strength))).argmax(1)
-            corrupted[name][str(strength)] = percent(answers == labels)
+        corrupted[name] = {str(s): accuracy(log_probs_of(model, spoilt(test_set, make(s)))) for s in strengths}
         print(name, corrupted[name], flush=True)
-    plot_corruptions(test_set, right, corrupted, index=1).savefig(FOLDER / "corruptions.png", dpi=110)
+    picture = plot_corruptions(test_set, right, corrupted, index=1)
+    picture.savefig(WEIGHTS.with_name("corruptions.png"), dpi=110)
     per_class = per_class_accuracy(log_probs, labels, test_set.classes)
     return {
         "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
@@ -151,22 +139,20 @@ def measure(model: nn.Module, test_set: CIFAR10) -> dict:
         "accuracy": right,
         "per_class": {name: round(accuracy, 2) for name, accuracy in per_class.items()},
         "expected_calibration_error": round(expected_calibration_error(log_probs, labels), 2),
-        "mean_confidence": percent(log_probs.exp().amax(1)),
+        "mean_confidence": round(100 * log_probs.exp().amax(1).mean().item(), 2),
         "corrupted": corrupted,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the trained weights for their model card.")
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="put the weights of this run in the place of the others"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, metavar="DIR", help="ship the weights of this run in the place of others")
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is; then $CIFAR10_ROOT, then ./data")
     options = parser.parse_args()
     if options.run:
         ship(options.run)
     result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(options.data_dir, train=False))
-    (FOLDER / "card.json").write_text(json.dumps(result, indent=1) + "\n")
+    WEIGHTS.with_name("card.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
