@@ -188,6 +188,9 @@ def make_loaders(
     """
     train_set, test_set = _sets(config, train_set, test_set)
     size, ranks = len(train_set), processes.world_size()  # type: ignore[arg-type]
+    for name, dataset in (("train_set", train_set), ("test_set", test_set)):
+        if not len(dataset):  # type: ignore[arg-type]
+            raise SettingError(f"{name}: it is empty")
     if config.batch_size > size:
         raise SettingError(f"batch_size must be at most the {size} training images, got {config.batch_size}")
     # Those of the second epoch, the first that may skip.

@@ -3,13 +3,12 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from machinery.images import Images
 from machinery.sampling import DRAWN_FOR, HOLE, EpochSampler, crop_corners, hole_corners, is_flipped
 
 ON_DEVICE = {"crop", "flip", "cutout"}  # the augmentations that `DeviceLoader` can do
@@ -22,13 +21,13 @@ class DeviceLoader:
     follow, so the images before normalisation are the same, bit for bit.
 
     Args:
-        dataset: Its augmentations must be among "crop", "flip" and "cutout".
+        dataset: `images.Images`, whose augmentations must be among "crop", "flip" and "cutout".
         batch_size: Of all processes together; each makes its own part.
         sampler: As in `make_loader`.
         device: Where to.
     """
 
-    def __init__(self, dataset: Images, batch_size: int, sampler: EpochSampler | range, device: torch.device) -> None:
+    def __init__(self, dataset: Any, batch_size: int, sampler: EpochSampler | range, device: torch.device) -> None:
         self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
         self.ranks = sampler.ranks if isinstance(sampler, EpochSampler) else sampler.step
         images = dataset.images.numpy()
@@ -42,9 +41,10 @@ class DeviceLoader:
         self.colour = torch.tensor(dataset.hole_colour, dtype=torch.uint8, device=device)
 
     @staticmethod
-    def can_draw(dataset: object) -> bool:
+    def can_draw(dataset: Any) -> bool:
         """Whether the images of this Dataset can be drawn here."""
-        return isinstance(dataset, Images) and dataset.transform is None and ON_DEVICE.issuperset(dataset.augment)
+        in_memory = all(hasattr(dataset, name) for name in ("images", "labels", "draws", "transform", "augment"))
+        return in_memory and dataset.transform is None and ON_DEVICE.issuperset(dataset.augment)
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // (self.batch_size // self.ranks))
@@ -109,4 +109,6 @@ def start_worker(worker: int) -> None:
     """What each process of a loader does first."""
     for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes, but for the training one to answer
         signal.signal(number, signal.SIG_IGN)
-    cv2.setNumThreads(0)  # OpenCV's threads would fight those of training for the cores
+    import cv2  # noqa: PLC0415  whoever has no workers does not wait for it
+
+    cv2.setNumThreads(0)  # its threads would fight those of training for the cores

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from machinery.augmentation import fixed_part
 from machinery.sampling import TRANSFORM
 
 SCALING = (A.ToFloat, v1.ToTensor, v1.ConvertImageDtype, v2.ToTensor)  # after them, images are 0-1
@@ -48,7 +47,6 @@ class Pipeline:
         own_code = any(isinstance(p, A.Lambda | v1.Lambda | v2.Lambda) for p in self.parts)
         self.draws_globally = not self.of_albumentations or own_code
         self.states = RandomStates([transform] if self.of_albumentations else [])
-        self.to_tensor = fixed_part(mean, std)
 
     def __call__(self, images: Iterable[np.ndarray], seeds: Iterable[int | None]) -> list[Tensor]:
         """Each uint8 (H, W, 3) -> float32 (3, H', W'), drawn as its seed says; without one, from the global states.
@@ -75,10 +73,8 @@ class Pipeline:
 
     def _completed(self, image: Any) -> Tensor:
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = np.array(image.convert("RGB"))
         if isinstance(image, np.ndarray):
-            if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-                return self.to_tensor(image=image)["image"]
             image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
         if not isinstance(image, Tensor) or image.ndim != 3 or len(image) != 3:
             found = f"{type(image).__name__} {tuple(image.shape)}" if isinstance(image, Tensor) else repr(type(image))
@@ -93,8 +89,8 @@ class Pipeline:
 def _parts_of(transform: object) -> Iterator[object]:
     """The transform itself, and all that are inside of it."""
     yield transform
-    inside = getattr(transform, "transforms", ())
-    for part in inside if isinstance(inside, list | tuple | torch.nn.ModuleList) else ():
+    inside = transform if isinstance(transform, torch.nn.Sequential) else getattr(transform, "transforms", ())
+    for part in inside if isinstance(inside, Iterable) else ():
         yield from _parts_of(part)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from machinery import files, processes
@@ -26,7 +26,7 @@ from machinery.optim import recipe_optimizer
 from machinery.runtime import Runtime, choose_runtime, keep_freed_memory
 from machinery.sampling import EpochSampler
 from machinery.settings import Config
-from machinery.trial import try_out
+from machinery.trial import told_by, try_out
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def running(
     with processes.process_group(runtime.device.type), Folder(config) as folder:
         config, state = folder.config, folder.read()
         train_loader, test_loader = loaders(config, runtime.device)
-        names = getattr(train_loader.dataset, "classes", None)
+        names = told_by(train_loader.dataset, "classes")
         torch.manual_seed(config.seed)
         if model is None:
             weights, count = None if state else config.weights, len(names or range(10))
@@ -124,7 +124,7 @@ class Run:
         self.train_loader, self.test_loader = loaders
         self.sampler = cast(EpochSampler, self.train_loader.sampler)
         self.bare = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
-        self.data = getattr(self.train_loader.dataset, "source", "your own")
+        self.data = told_by(self.train_loader.dataset, "source") or "your own"
         self.by_recipe = optimizer is None
         if optimizer is None:
             optimizer = recipe_optimizer(model, config.lr)
@@ -136,11 +136,13 @@ class Run:
             raise SettingError(f"optimizer: {len(unknown)} of its parameters are not of this model")
         if scheduler is not None and scheduler.optimizer is not optimizer:
             raise SettingError("scheduler: it is of another optimizer than the one given")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise SettingError("scheduler: it is stepped after every batch, which ReduceLROnPlateau cannot be")
         self.optimizer, self.scheduler = optimizer, scheduler
         self._rates_to_device()
         self.meter = self._empty_meter()
         self.result = new_record(config, self.bare, runtime)
-        names = getattr(self.train_loader.dataset, "classes", None)
+        names = told_by(self.train_loader.dataset, "classes")
         self.result |= {"data": self.data, "classes": list(names) if names else None}
         self.result |= {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
         self.started = self.saved_at = time.perf_counter()
@@ -180,7 +182,8 @@ class Run:
         """A title for each epoch that the run still lacks."""
         for epoch in range(self.epochs + 1, self.config.epochs + 1):
             self.title = f"epoch {epoch}/{self.config.epochs}" + (" (synthetic)" if self.data == "synthetic" else "")
-            self.rate = float(self.optimizer.param_groups[0]["lr"])
+            if not self.meter.steps:
+                self.rate = float(self.optimizer.param_groups[0]["lr"])
             yield self.title
 
     def after_step(self) -> None:
@@ -291,6 +294,7 @@ class Run:
             "model": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "rate": self.rate,
             "losses": self.sampler.losses if self.config.skip else None,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -326,6 +330,7 @@ class Run:
             losses = None if meter["losses"] is None else [part.to(device) for part in meter["losses"]]
             self.meter = Meter(**{**meter, "sums": meter["sums"].to(device), "losses": losses})
             self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
+            self.rate = state.get("rate", 0.0)  # in checkpoints from before, all rates are those of the recipe
             other = [field for field in NOTED if result[field] != self.result[field]]
             planned = result["config"]["epochs"]
         except SettingError:

@@ -27,10 +27,8 @@ def batches_of(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(p, Tensor) for p in batch):
-            found = (
-                f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
-            )
-            raise ValueError(f"a batch must be two tensors, (images, labels), got {found}")
+            length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            raise ValueError(f"a batch must be two tensors, (images, labels), got a {type(batch).__name__}{length}")
         images, labels = batch
         if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(images):
             raise ValueError(
@@ -80,9 +78,7 @@ def refuse_labels_beyond(labels: Tensor, classes: int, where: str) -> None:
     """Raises ValueError if a label (N,) is below 0 or not below `classes`; looks on the CPU only, where it is free."""
     if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())
-        raise ValueError(
-            f"{where}: label {wrong} is not one of the {classes} outputs of the network, 0 to {classes - 1}"
-        )
+        raise ValueError(f"{where}: label {wrong} is not one of the network's {classes} outputs, 0 to {classes - 1}")
 
 
 def refuse_non_finite(scores: Tensor, batch: int) -> None:
@@ -155,8 +151,6 @@ def _answers(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
 
 def _first_images(dataset: Any, name: str) -> Tensor:
     """Of a Dataset, float32 (1 or 2, C, H, W)."""
-    if not len(dataset):
-        raise SettingError(f"{name}: it is empty")
     with torch.random.fork_rng():
         items = [dataset[i] for i in range(min(2, len(dataset)))]
     for item in items:
@@ -173,6 +167,14 @@ def _first_images(dataset: Any, name: str) -> Tensor:
     return torch.stack([item[0] for item in items])
 
 
+def told_by(dataset: Any, *names: str) -> Any:
+    """The first of these attributes that a Dataset has, or the one that it wraps; else None."""
+    for name in names:
+        if hasattr(dataset, name):
+            return getattr(dataset, name)
+    return told_by(dataset.dataset, *names) if hasattr(dataset, "dataset") else None
+
+
 def _labels_of(dataset: Any) -> Any:
     """All labels, where a Dataset tells them without reading its images; else none."""
     if isinstance(dataset, torch.utils.data.Subset):
@@ -182,4 +184,7 @@ def _labels_of(dataset: Any) -> Any:
         return torch.cat([torch.as_tensor(_labels_of(part)) for part in dataset.datasets])
     if isinstance(dataset, torch.utils.data.TensorDataset):
         return dataset.tensors[-1]
-    return next((getattr(dataset, name) for name in ("labels", "targets") if hasattr(dataset, name)), ())
+    if hasattr(dataset, "dataset"):
+        return _labels_of(dataset.dataset)
+    labels = told_by(dataset, "labels", "targets")
+    return () if labels is None else labels
