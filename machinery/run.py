@@ -58,6 +58,8 @@ def running(
     runtime = choose_runtime(config.device, config.precision, config.layout)
     with processes.process_group(runtime.device.type), Folder(config) as folder:
         config, state = folder.config, folder.read()
+        if model is None and config.weights and not state:
+            processes.broadcast_from_rank_0(lambda: bool(network(config.weights, 10)))  # refused before a long download
         train_loader, test_loader = loaders(config, runtime.device)
         names = told_by(train_loader.dataset, "classes")
         torch.manual_seed(config.seed)
