@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TRAIN_COUNT
 
@@ -191,3 +192,44 @@ def test_a_failed_download_spares_what_another_process_put_there(nowhere, monkey
     with pytest.raises(DataUnreachableError, match="timed out"):
         prepare()
     assert everything_in(nowhere) == [FOLDER]
+
+
+def test_is_read_and_held_once_and_what_is_written_stays_apart(tiny, monkeypatch):
+    checked = []
+    monkeypatch.setattr(storage, "check_integrity", lambda path, md5: checked.append(path) or True)
+    storage._check.cache_clear()
+    storage._shared.cache_clear()
+    first, first_labels = load_cifar10(train=True)
+    original, label = first.copy(), first_labels[0]
+    assert len(checked) == 7
+    monkeypatch.setattr("pickle.load", lambda *args, **kwargs: pytest.fail("read again"))
+    second, second_labels = load_cifar10(train=True)
+    first[:], first_labels[:] = 0, 9
+    assert len(checked) == 7
+    assert np.array_equal(second, original)
+    assert second_labels[0] == label
+    assert np.array_equal(load_cifar10(train=True)[0], original)
+
+
+def test_data_that_changes_is_read_anew_and_damage_is_found(tiny, nowhere):
+    shutil.copytree(tiny.root / FOLDER, nowhere / FOLDER)
+    before, _ = load_cifar10(train=False)
+    path = nowhere / FOLDER / "test_batch"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="test_batch"):
+        load_cifar10(train=False)
+    path.write_bytes(content)
+    assert np.array_equal(load_cifar10(train=False)[0], before)
+
+
+def test_is_read_where_there_is_no_room_for_a_file_to_share(tiny, monkeypatch):
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shared, _ = load_cifar10(train=True)
+    storage._shared.cache_clear()
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    images, labels = load_cifar10(train=True)
+    assert np.array_equal(images, shared)
+    assert len(labels) == TRAIN_COUNT
