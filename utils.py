@@ -134,7 +134,7 @@ def plot_attention(dataset: CIFAR10, log_probs: Tensor, model: nn.Module, layer:
     answer_maps = _grad_cam(dataset, wrong, predicted[wrong], model, layer)
     truth_maps = _grad_cam(dataset, wrong, truth[wrong], model, layer)
     right_maps = _grad_cam(dataset, right, predicted[right], model, layer)
-    shares = (100 * _peaks(truth_maps) / _peaks(answer_maps)).clamp(max=999)  # the answer's peak may be 0
+    shares = (100 * truth_maps.amax((1, 2)) / _peaks(answer_maps)).clamp(max=999)  # the latter may be 0
     rows = [
         ("wrong", wrong, truth, None),
         ("for the answer", wrong, predicted, answer_maps),
