@@ -148,13 +148,18 @@ def run(notebook: NotebookNode, target: Path) -> int:
         fault = "stopped"
     finally:
         client.save()
-    page, resources = target.with_suffix(".html"), {"metadata": {"name": target.stem}}
-    page.write_text(HTMLExporter(raw_template=TEMPLATE).from_notebook_node(notebook, resources)[0], encoding="utf-8")
+    page = target.with_suffix(".html")
+    page.write_text(page_of(notebook, target.stem), encoding="utf-8")
     if fault:
         client.show(f"\n{fault}\n\nWhat was done until then is in {page} and {target}.", "stderr")
         return 128 + client.signal if client.signal else 1
     client.show(f"\nDone in {duration(time.monotonic() - started)}. Look at {page}, or open {target}.")
     return 0
+
+
+def page_of(notebook: NotebookNode, title: str) -> str:
+    """The notebook as HTML, whose figures are described by the key `alt` of their cell's metadata."""
+    return HTMLExporter(raw_template=TEMPLATE).from_notebook_node(notebook, {"metadata": {"name": title}})[0]
 
 
 def value_of(text: str) -> Any:

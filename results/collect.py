@@ -2,7 +2,7 @@
 
 Each runs/cifar10-seed*/metrics.json, as runs are named by default, becomes results/cifar10-seed<seed>.json, and
 runs/S9_Final.ipynb, which `make run` wrote, becomes the committed notebook if its settings are the default ones:
-without what papermill noted, and with pictures of 256 colours, a third of the bytes.
+without what its execution noted, and with pictures of 256 colours, a third of the bytes.
 """
 
 import base64
@@ -51,7 +51,8 @@ def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook as it goes into the repository."""
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
     for cell in notebook.cells:
-        cell.metadata = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+        tags = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+        cell.metadata = tags | {key: cell.metadata[key] for key in ("alt",) if key in cell.metadata}
         if cell.cell_type == "code":
             cell.outputs = joined(cell.outputs)
             for output in cell.outputs:

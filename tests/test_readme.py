@@ -111,6 +111,15 @@ def test_only_a_notebook_that_ran_whole_with_the_default_settings_is_taken(readm
     assert fault(notebook) == "has other settings"
 
 
+def test_the_committed_notebook_stays_as_it_is_when_taken_again(readme):
+    committed = importlib.import_module("collect").committed
+    notebook = nbformat.read(readme.NOTEBOOK, as_version=4)
+    executed = nbformat.from_dict({**notebook, "metadata": {**notebook.metadata, "papermill": {}}})
+    taken = committed(executed)
+    assert taken.metadata == notebook.metadata
+    assert [cell.metadata for cell in taken.cells] == [cell.metadata for cell in notebook.cells]
+
+
 def test_the_commands_shown_are_accepted(monkeypatch):
     commands = re.findall(r"train\.py (--(?!help).*?)(?:\s+#.*|`.*)?$", README + CARD, re.MULTILINE)
     assert len(commands) > 5
