@@ -42,7 +42,7 @@ TEMPLATE = """{%- extends 'index.html.j2' -%}
 
 
 class StopError(Exception):
-    """A signal came between two cells."""
+    """A signal came while no cell was at work."""
 
 
 class TerminalClient(NotebookClient):
@@ -53,9 +53,9 @@ class TerminalClient(NotebookClient):
     """
 
     def __init__(self, notebook: NotebookNode, target: Path) -> None:
-        super().__init__(notebook, timeout=None, kernel_name="python3", coalesce_streams=True)
-        self.target, self.signal, self.requests = target, 0, 0
-        self.on_notebook_start, self.on_cell_start, self.on_cell_executed = self._start, self._begin, self._end
+        super().__init__(notebook, timeout=None, kernel_name="python3", coalesce_streams=True, record_timing=False)
+        self.target, self.signal, self.requests, self.is_ready = target, 0, 0, False
+        self.on_notebook_start, self.on_cell_start, self.on_cell_executed = self._begin, self._begin_cell, self.end_cell
         self.is_watched = sys.stdout.isatty()
         self.started, self.epochs, self.left = time.monotonic(), 0, ""  # of the cell
         self.rests = {"stdout": "", "stderr": ""}  # of lines whose end is still to come
@@ -73,7 +73,7 @@ class TerminalClient(NotebookClient):
         if output and output.output_type == "stream":
             *lines, self.rests[output.name] = (self.rests[output.name] + output.text).split("\n")
             for line in lines:
-                self.show(line + self._time_left(line), output.name)
+                self.show(line + self.time_left(line), output.name)
         elif "image/png" in data:
             self.show(f"[figure: {self.nb.cells[cell_index].metadata.get('alt', 'without a description')}]")
         elif "text/plain" in data:
@@ -84,15 +84,19 @@ class TerminalClient(NotebookClient):
         """Prints a line, in the place of that of the clock."""
         print(CLEAR + text if self.is_watched else text, file=getattr(sys, name), flush=True)
 
-    def _time_left(self, line: str) -> str:
+    def time_left(self, line: str) -> str:
+        """What to add to a printed line: if it is of an epoch that does not say it itself, how long the others take."""
         if not (found := EPOCH.match(line)):
             return ""
         self.epochs += 1
         left = int(found[2]) - int(found[1])
         self.left = f"; {remaining(time.monotonic() - self.started, self.epochs, left)} left" if left else ""
-        return self.left
+        return "" if line.endswith(" left") else self.left
 
-    def _begin(self, cell: NotebookNode, **_: Any) -> None:
+    def _begin(self, **_: Any) -> None:
+        self.is_ready = True
+
+    def _begin_cell(self, cell: NotebookNode, **_: Any) -> None:
         if self.signal:
             raise StopError
         self.started, self.epochs, self.left = time.monotonic(), 0, ""
@@ -100,19 +104,22 @@ class TerminalClient(NotebookClient):
             heading = cell.source.partition("\n")[0]
             self.show(f"\n\x1b[1m{heading}\x1b[0m" if self.is_watched else f"\n{heading}")
 
-    def _end(self, **_: Any) -> None:
+    def end_cell(self, **_: Any) -> None:
+        """Shows what is left of lines, and saves."""
         for name, rest in self.rests.items():
             if rest:
                 self.show(rest, name)
         self.rests = dict.fromkeys(self.rests, "")
         self.save()
 
-    def _start(self, **_: Any) -> None:
+    async def async_start_new_kernel(self, **kwargs: Any) -> None:
+        """Also takes signals from now on, and starts the clock."""
         with contextlib.suppress(NotImplementedError):  # on Windows, Ctrl-C ends the kernel
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
         if self.is_watched:
             self._clock = asyncio.ensure_future(self._show_clock())
+        await super().async_start_new_kernel(**kwargs)
 
     async def _show_clock(self) -> None:
         """Shows that a cell is at work, and for how long, in a line that the next one overwrites."""
@@ -123,7 +130,7 @@ class TerminalClient(NotebookClient):
 
     def _stop(self, number: int) -> None:
         self.signal, self.requests = number, self.requests + 1
-        if not self.km:
+        if not self.is_ready or not self.km:  # the first cell will not begin
             return
         if self.requests < 3:
             self.show("stopping" + ("; once more stops at once" if self.requests == 1 else " at once"), "stderr")
@@ -141,13 +148,13 @@ def run(notebook: NotebookNode, target: Path) -> int:
     except CellExecutionError as error:
         in_the_cell = IN_THE_CELL.search(COLOURS.sub("", error.traceback))
         fault = f"{in_the_cell[0]}\n\n" if in_the_cell and not client.signal else ""
-        fault += f"{error.ename}: {error.evalue}"
+        fault += f"{error.ename}: {error.evalue}".rstrip(": ")
     except DeadKernelError:
         fault = "stopped, and the kernel with it" if client.signal else "the kernel was killed, or memory ran out"
     except (StopError, KeyboardInterrupt):
         fault = "stopped"
     finally:
-        client.save()
+        client.end_cell()
     page = target.with_suffix(".html")
     page.write_text(page_of(notebook, target.stem), encoding="utf-8")
     if fault:

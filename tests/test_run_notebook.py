@@ -63,6 +63,22 @@ def test_shows_headings_lines_and_the_time_left_and_describes_figures(capsys, ca
     assert "Alternative text is missing" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("line", "added"),
+    [
+        ("epoch 1/3: train 10.00 % (loss 2.3), test 10.00 % (loss 2.3), 9 s", "; 2 left"),
+        ("epoch 2/3 (synthetic): train 10.00 %", "; 1 left"),
+        ("epoch 3/3: train 10.00 %", ""),
+        ("epoch 1/3: train 10.00 %; about 18 s left", ""),
+        ("the epoch 1/3: train", ""),
+    ],
+)
+def test_the_time_left_is_added_once_and_to_epochs_only(line, added, monkeypatch):
+    monkeypatch.setattr(notebook, "remaining", lambda seconds, done, left: left)
+    client = notebook.TerminalClient(nbformat.v4.new_notebook(), Path("target.ipynb"))
+    assert client.time_left(line) == added
+
+
 def test_what_was_done_before_a_cell_failed_is_saved_and_the_error_readable(capsys):
     source = write_notebook("print('before')\nvalue = 1\nvalue / 0", "print('never')")
     assert main([str(source), "target.ipynb"]) == 1
