@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 EPOCHS ?=
-PARAMETERS := $(if $(EPOCHS),-p epochs $(EPOCHS))
+RESUME ?=
+STAND_IN := $(or $(EPOCHS),2)
 
 .PHONY: help run test browser train lint results card readme clean
 
 help:
-	@echo "make run     run the notebook top to bottom, into runs/ (EPOCHS=N for another length)"
+	@echo "make run     run the notebook top to bottom, into runs/ (EPOCHS=N for another length, RESUME=runs/NAME to go on)"
 	@echo "make test    run the tests"
 	@echo "make browser run the notebook in JupyterLab, in Chromium, and keep screenshots in runs/browser/"
 	@echo "make train   train from the command line with the default settings"
@@ -23,17 +24,15 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@
 
-# Out of reach (status 3), CIFAR-10 gives way to the drawn stand-in; damaged, it stops the run. The terminal gets a line
-# per epoch; the bars, which only a person in front of the notebook can see, stay out of the saved one.
+# Out of reach (status 3), CIFAR-10 gives way to the drawn stand-in; damaged, it stops the run. With `exec`, make waits
+# after Ctrl-C until the run is saved.
 run: $(READY)
-	@mkdir -p runs; $(BIN)/python -m machinery.data; status=$$?; parameters="$(PARAMETERS)"; \
+	@$(BIN)/python -m machinery.data; status=$$?; set -- $(if $(EPOCHS),-p epochs $(EPOCHS)); \
 	if [ $$status = 3 ]; then \
-		echo; echo "CIFAR-10 is out of reach: running on the synthetic stand-in instead, 2 epochs."; \
-		parameters="-p data synthetic -p epochs $(or $(EPOCHS),2)"; \
+		echo; echo "CIFAR-10 is out of reach: running on drawn pictures instead, for $(STAND_IN) epoch$(if $(filter 1,$(STAND_IN)),,s)."; \
+		set -- -p data synthetic -p epochs $(STAND_IN); \
 	elif [ $$status != 0 ]; then exit $$status; fi; \
-	TQDM_DISABLE=1 $(BIN)/python -m papermill S9_Final.ipynb runs/S9_Final.ipynb --log-output --kernel python3 $$parameters && \
-	$(BIN)/python -m nbconvert --log-level WARN --to html runs/S9_Final.ipynb && \
-	echo "Look at runs/S9_Final.html, or open runs/S9_Final.ipynb."
+	exec $(BIN)/python -m machinery.notebook S9_Final.ipynb runs/S9_Final.ipynb "$$@" $(if $(RESUME),-p resume $(RESUME))
 
 test: $(READY)
 	$(BIN)/python -m pytest

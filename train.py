@@ -210,7 +210,8 @@ def fit(
             `config.weights`, which says the same for a `Net`.
         train_set: Any Dataset of (float tensor (3, H, W), label), in the place of CIFAR-10. A `Net` made here has an
             output for each of its `classes`.
-        test_set: Likewise; without it, `config.holdout` says how many of the training images are kept aside.
+        test_set: Likewise; without it, `config.holdout` says how many of the training images are kept aside, and
+            with it, only that these are such.
         optimizer: Of your own, over the model's parameters. The learning rate then stays what it is, but for a
             scheduler; `config.lr` is not used.
         scheduler: Of your own, of that optimizer; stepped after every batch.

@@ -79,7 +79,8 @@ def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
     for cell in notebook.cells:
-        cell.metadata = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+        tags = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+        cell.metadata = tags | {key: cell.metadata[key] for key in ("alt",) if key in cell.metadata}
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             if "image/png" in data:  # which becomes a third of its bytes
                 file, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(data["image/png"])))

@@ -87,8 +87,8 @@ def _kind(conv: nn.Conv2d) -> str:
 def plot_attention(dataset: Images, log_probs: Tensor, model: nn.Module, layer: nn.Module) -> Figure:
     """Where a network looks, by Grad-CAM (Selvaraju et al., 2017): what stays light speaks for the class.
 
-    Above, the ten most confident mistakes, with what speaks for the answer and for the truth, both on one scale; below,
-    the most confident right answer of each class.
+    Above, the ten most confident mistakes, with what speaks for the answer and what for the truth, and the second's
+    peak in percent of the first's; below, the most confident right answer of each class. Each map is on its own scale.
 
     Args:
         dataset: The images, in the order of `log_probs`.
@@ -105,23 +105,28 @@ def plot_attention(dataset: Images, log_probs: Tensor, model: nn.Module, layer: 
     answer_maps = _grad_cam(dataset, wrong, predicted[wrong], model, layer)
     truth_maps = _grad_cam(dataset, wrong, truth[wrong], model, layer)
     right_maps = _grad_cam(dataset, right, predicted[right], model, layer)
-    most = torch.maximum(answer_maps, truth_maps).amax((1, 2), keepdim=True).clamp(min=1e-12)
-    most_of_right = right_maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    shares = (100 * truth_maps.amax((1, 2)) / _peaks(answer_maps)).clamp(max=999)  # the latter may be 0
     rows = [
         ("wrong", wrong, truth, None),
-        ("for the answer", wrong, predicted, answer_maps / most),
-        ("for the truth", wrong, truth, truth_maps / most),
+        ("for the answer", wrong, predicted, answer_maps),
+        ("for the truth,\n% of the answer's", wrong, truth, truth_maps),
         ("right", right, truth, None),
-        ("for the answer", right, predicted, right_maps / most_of_right),
+        ("for the answer", right, predicted, right_maps),
     ]
     figure, grid = picture_grid(len(rows), count, width=10, title_height=0.1)
     for row, (name, chosen, classes, maps) in zip(grid, rows, strict=True):
         for k, (axes, i) in enumerate(zip(row, chosen, strict=False)):
-            light = 1 if maps is None else 0.15 + 0.85 * maps[k, :, :, None].numpy()
+            light = 1 if maps is None else 0.15 + 0.85 * (maps[k] / _peaks(maps)[k])[:, :, None].numpy()
             axes.imshow((dataset.images[i].numpy() * light).astype(np.uint8), interpolation="nearest")
-            axes.set_title(dataset.classes[int(classes[i])], fontsize=9)
+            share = f" ({shares[k]:.0f} %)" if maps is truth_maps else ""
+            axes.set_title(dataset.classes[int(classes[i])] + share, fontsize=9)
         row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
     return figure
+
+
+def _peaks(maps: Tensor) -> Tensor:
+    """(N,): the largest value of each map (N, H, W), above 0."""
+    return maps.amax((1, 2)).clamp(min=1e-12)
 
 
 def _grad_cam(dataset: Images, indices: list[int], classes: Tensor, model: nn.Module, layer: nn.Module) -> Tensor:

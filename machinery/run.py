@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from machinery import files, processes
+from machinery.clock import remaining
 from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError
 from machinery.folder import NOTED, Folder, new_record
 from machinery.loading import end_workers
@@ -147,7 +148,8 @@ class Run:
         names = told_by(self.train_loader.dataset, "classes")
         self.result |= {"data": self.data, "classes": list(names) if names else None}
         self.result |= {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
-        self.started = self.saved_at = time.perf_counter()
+        self.started = self.saved_at = self.began = time.perf_counter()
+        self.sitting = 0  # epochs since then
 
     def _factor(self) -> Callable[[int], float]:
         """Of the recipe's learning rates at a step: it falls linearly to 0 over all epochs."""
@@ -235,7 +237,7 @@ class Run:
         self.meter = self._empty_meter()
         self.say(
             f"{self.title}: train {train[1]:.2f} % (loss {train[0]:.3f}), "
-            f"{row['tested_on']} {test[1]:.2f} % (loss {test[0]:.3f}), {row['seconds']:.0f} s"
+            f"{row['tested_on']} {test[1]:.2f} % (loss {test[0]:.3f}), {row['seconds']:.0f} s{self._time_left()}"
         )
         self.save()
         self.write_results()
@@ -243,6 +245,14 @@ class Run:
             on_epoch(row)
         if self.epochs < config.epochs:
             self._end_if(processes.max_over_ranks(self.request.signal))
+
+    def _time_left(self) -> str:
+        """After the first epoch of a sitting, how long the others will take, if there are any."""
+        now, self.sitting = time.perf_counter(), self.sitting + 1
+        if self.sitting > 1 or self.epochs == self.config.epochs:
+            return ""
+        done, *left = (self.sampler.count(epoch) for epoch in range(self.epochs - 1, self.config.epochs))
+        return f"; {remaining(now - self.began, done, sum(left))} left"
 
     def _end_if(self, stop: int) -> None:
         if stop:

@@ -112,7 +112,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     """
     parser = argparse.ArgumentParser(
         description="Train Net on CIFAR-10 and save metrics.json, curves.png and model.pt in runs/NAME.",
-        epilog="About 25 minutes on 2 CPU cores with AMX; three minutes to see it work: --data synthetic --epochs 1.",
+        epilog="About 25 minutes on 2 CPU cores with AMX; a minute to see it work: --data synthetic --epochs 1.",
     )
     for field in dataclasses.fields(Config):
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}

@@ -153,14 +153,14 @@ def test_unknown_data_is_refused():
 
 
 def test_the_stand_in_has_the_shapes_of_cifar10_and_cannot_pass_for_it(monkeypatch):
-    assert SYNTHETIC_COUNTS == {True: 50_000, False: 10_000}
+    assert SYNTHETIC_COUNTS == {True: 6_000, False: 1_000}
     monkeypatch.setitem(SYNTHETIC_COUNTS, True, 2000)
     dataset = CIFAR10(data="synthetic")
     assert dataset.images.shape == (2000, 32, 32, 3)
     assert dataset.images.dtype == torch.uint8
     assert dataset.labels.bincount().tolist() == [200] * 10
     assert all("synthetic" in name for name in dataset.classes)
-    assert len(CIFAR10(train=False, data="synthetic")) == 10_000
+    assert len(CIFAR10(train=False, data="synthetic")) == 1_000
 
 
 def test_a_subset_has_its_own_images_and_augmentation():

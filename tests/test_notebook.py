@@ -1,5 +1,7 @@
 """The notebook: short, free of definitions, committed from one clean run, and running top to bottom."""
 
+import html
+import re
 from pathlib import Path
 
 import nbformat
@@ -8,6 +10,7 @@ import torch
 from nbclient import NotebookClient
 from torch import nn
 
+from machinery.notebook import page_of
 from model import Net, receptive_field
 
 NOTEBOOK = Path(__file__).parents[1] / "S9_Final.ipynb"
@@ -74,6 +77,21 @@ def test_is_committed_from_one_clean_run(notebook):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 6
+
+
+def test_every_figure_is_described_also_in_the_page_made_of_it(notebook):
+    figures = [cell for cell in code_cells(notebook) if any("image/png" in o.get("data", {}) for o in cell.outputs)]
+    descriptions = [cell.metadata.get("alt", "") for cell in figures]
+    assert len(set(descriptions)) == len(figures)
+    assert all(len(alt) > 40 for alt in descriptions)
+    for cell in notebook.cells:  # the text between them takes a while to convert, and has no pictures
+        cell.source = ""
+    found = re.findall(r"<img alt=\"([^\"]*)\"", page_of(notebook, "S9_Final"))
+    assert [html.unescape(alt) for alt in found] == descriptions
+
+
+def test_the_first_cell_says_what_to_do_where_the_modules_are_missing(notebook):
+    assert re.search(r"`ModuleNotFoundError`[^.]* clone [^.]*repository", notebook.cells[0].source)
 
 
 def test_runs_top_to_bottom_on_the_tiny_data(tiny_notebook, tmp_path):

@@ -149,6 +149,13 @@ def test_a_notebook_is_committed_small_and_without_notes_of_what_ran_it(publish,
     assert len(Image.open(tmp_path / "b.png").convert("RGB").getcolors()) <= 256
 
 
+def test_the_committed_notebook_stays_as_it_is_when_taken_again(publish, notebook):
+    executed = nbformat.from_dict({**notebook, "metadata": {**notebook.metadata, "papermill": {}}})
+    taken = publish.committed(executed)
+    assert taken.metadata == notebook.metadata
+    assert [cell.metadata for cell in taken.cells] == [cell.metadata for cell in notebook.cells]
+
+
 def test_the_commands_shown_are_accepted(monkeypatch):
     commands = re.findall(r"train\.py (--(?!help).*?)(?:\s+#.*|`.*)?$", TEXT, re.MULTILINE)
     assert len(commands) > 5

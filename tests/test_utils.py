@@ -150,7 +150,31 @@ def test_attention_is_where_the_score_comes_from(test_set):
     for lit in (for_the_answer, right):
         assert lit[:15, :15].min() > 190
         assert lit[17:, 17:].max() < 40
-    assert for_the_truth.max() < 40  # on the scale of the answer, though it is all that speaks for the truth
+    assert for_the_truth.max() < 40  # nothing speaks for the truth
+    assert "(0 %)" in figure.axes[20].get_title()
+
+
+def test_attention_shows_what_speaks_for_the_truth_on_its_own_scale_and_how_strong_it_is(test_set):
+    class Halves(nn.Module):
+        """Scores every class by the upper half and class 0 also, three times as strongly, by the lower half."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.Conv2d(3, 1, 1, bias=False)
+            nn.init.ones_(self.maps.weight)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps = self.maps(images).exp()
+            upper, lower = maps[:, :, :16].sum((1, 2, 3)), maps[:, :, 16:].sum((1, 2, 3))
+            return torch.stack([upper + 3 * lower, *[upper] * 9], 1)
+
+    net = Halves()
+    test_set.images[:] = 200
+    log_probs = net(torch.stack([image for image, _ in test_set])).log_softmax(1)
+    figure = plot_attention(test_set, log_probs, net, net.maps)
+    for_the_answer, for_the_truth = (figure.axes[at].images[0].get_array() for at in (10, 20))
+    assert for_the_answer.max() == for_the_truth.max() == 200
+    assert figure.axes[20].get_title().endswith("(25 %)")  # mean slopes of (1 + 0) / 2 and (1 + 3) / 2
 
 
 def test_attention_shows_mistakes_with_both_classes_and_right_answers_and_disturbs_nothing(test_set, log_probs):
@@ -158,7 +182,8 @@ def test_attention_shows_mistakes_with_both_classes_and_right_answers_and_distur
     before = {name: value.clone() for name, value in net.state_dict().items()}
     figure = plot_attention(test_set, log_probs, net, net.c4)
     titles = [[axes.get_title() for axes in figure.axes[10 * row : 10 * row + 10]] for row in range(5)]
-    assert [row[:3] for row in titles[:3]] == [["horse", "cat", ""], ["plane", "ship", ""], ["horse", "cat", ""]]
+    assert [row[:3] for row in titles[:2]] == [["horse", "cat", ""], ["plane", "ship", ""]]
+    assert [title.partition(" (")[0] for title in titles[2][:3]] == ["horse", "cat", ""]
     assert titles[3] == titles[4] == list(test_set.classes)
     assert [sum(bool(axes.images) for axes in figure.axes[10 * row : 10 * row + 10]) for row in range(5)] == [
         *(2, 2, 2, 10, 10)
