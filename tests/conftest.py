@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the code, on the CPU that every machine has
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side, and those of one run in two processes round alike
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # a test may import it before `transforms` says so
 

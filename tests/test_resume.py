@@ -56,7 +56,7 @@ def test_a_run_knows_the_runs_before_it_and_goes_on_without_their_weights():
     torch.save(Net().state_dict(), "start.pt")
     Path("metrics.json").write_text("[]")  # of something else
     for name, start in (("a", "start.pt"), ("b", "runs/a/model.pt"), ("quick", "runs/b/model.pt")):
-        fit(quick(weights=start, epochs=1, name=name, skip=0))
+        fit(quick(weights=start, epochs=1, name=name, skip=0, holdout=136))
     (before_a, a), (before_b, b) = record("a"), record("b")
     assert (before_a, before_b) == ([], [a])
     Path("runs/b/model.pt").unlink()

@@ -162,13 +162,17 @@ def test_what_a_killed_process_left_half_written_is_cleaned_up():
     assert files_of("quick") == sorted(FILES)
 
 
-def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver):
+def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver, monkeypatch):
     """As benchmarks/survival.py does it 50 times: SIGKILL at random, with a save after every step."""
     flags = f"--epochs 2 --batch-size 40 --workers 1 --precision fp32 --save-minutes 0 --data-dir {tiny.root}".split()
 
-    def start(*arguments: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, driver(), *arguments], stdout=subprocess.DEVNULL)
+    here = f"sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    script = driver(f"{here}\nfrom small_runs import small_network\ntrain.Net = lambda classes: small_network()")
 
+    def start(*arguments: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, script, *arguments], stdout=subprocess.DEVNULL)
+
+    monkeypatch.setattr("train.Net", lambda classes: small_network())
     fit(Config(name="whole", epochs=2, batch_size=40, precision="fp32"))
     dice, arguments, last = random.Random(0), [*flags, "--name", "killed"], Path("runs/killed/last.pt")
     for _ in range(3):
