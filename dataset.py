@@ -1,5 +1,6 @@
 """CIFAR-10 as a torch Dataset with Albumentations transforms, and the loaders that feed the training loop."""
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,8 @@ def make_loader(
     """
     size = len(dataset)  # type: ignore[arg-type]
     seed = dataset.seed if isinstance(dataset, Images) else seed
+    if multiprocessing.current_process().daemon:  # as in a Pool, whose processes may not have any of their own
+        workers = 0
     return DataLoader(
         dataset if isinstance(dataset, Images) or not train else seeded(dataset, seed),
         batch_size // ranks,

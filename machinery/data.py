@@ -30,12 +30,16 @@ def load_cifar10(
     train: bool, data_dir: str | Path | None = None, download: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """The training or the test set as (uint8 (N, 32, 32, 3) RGB 0-255, int64 (N,)); see `prepare` for the rest."""
-    dataset = Checked(prepare(data_dir, download), train=train, download=False)
+    dataset = Checked(folder_in(prepare(data_dir, download)), train)
     return dataset.data, np.asarray(dataset.targets, dtype=np.int64)
 
 
 class Checked(datasets.CIFAR10):
-    """CIFAR-10 from files that `prepare` has checked; torchvision would check them again."""
+    """CIFAR-10 from a folder of files that `prepare` has checked; torchvision would check them again."""
+
+    def __init__(self, folder: Path, train: bool) -> None:
+        self.base_folder = folder.name
+        super().__init__(folder.parent, train=train, download=False)
 
     def _check_integrity(self) -> bool:
         return True
@@ -53,15 +57,20 @@ def prepare(data_dir: str | Path | None = None, download: bool = True) -> Path:
     """
     roots = search_path(data_dir)
     for root in roots:
-        if (root / FOLDER).is_dir():
+        place = root
+        if folder_in(root).is_dir():
             _refuse_damage(root)
         elif (root / ARCHIVE).exists():
-            _install(root, root / ARCHIVE)
+            place = next(filter(_can_be_written, [root, *roots]), root)
+            if (place / FOLDER).is_dir():
+                _refuse_damage(place)
+            else:
+                _install(place, root / ARCHIVE)
         else:
             continue
-        if data_dir and root != roots[0]:
-            print(f"CIFAR-10 is not in {roots[0]}; taking that in {root}", file=sys.stderr)
-        return root
+        if data_dir and place != roots[0]:
+            print(f"CIFAR-10 is not in {roots[0]}; taking that in {place}", file=sys.stderr)
+        return place
     if not download:
         raise DataUnreachableError(_not_found(roots, "it may not be downloaded (download=False)"))
     _download(roots[0], roots)
@@ -76,20 +85,33 @@ def search_path(data_dir: str | Path | None = None) -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
+def folder_in(root: Path) -> Path:
+    """Where the batch files are, or would be: `cifar-10-batches-py` in `root`, or that itself by another name."""
+    inside = root / FOLDER
+    itself = not inside.exists() and (root / "data_batch_1").exists()
+    return root.absolute() if itself else inside
+
+
+def _can_be_written(root: Path) -> bool:
+    while not root.exists() and root != root.parent:
+        root = root.parent
+    return os.access(root, os.W_OK)
+
+
 def _refuse_damage(root: Path) -> None:
     """Raises DataError unless every file of the dataset is there and has the md5 that torchvision expects."""
     expected = [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]
     expected.append([datasets.CIFAR10.meta["filename"], datasets.CIFAR10.meta["md5"]])
     faults = []
     for name, md5 in expected:
-        path = root / FOLDER / name
+        path = folder_in(root) / name
         if not check_integrity(path, md5):
             faults.append(f"  {path}: " + ("altered or truncated (its md5 is wrong)" if path.exists() else "missing"))
     if faults:
         raise DataError(
             "CIFAR-10 is damaged, and was not read:\n"
             + "\n".join(faults)
-            + f"\nDelete the folder {root / FOLDER} and run again: it is then unpacked or downloaded anew."
+            + f"\nDelete the folder {folder_in(root)} and run again: it is then unpacked or downloaded anew."
         )
 
 
@@ -198,7 +220,7 @@ def draw_synthetic(train: bool, count: int | None = None) -> tuple[np.ndarray, n
 
 if __name__ == "__main__":
     try:
-        print(f"CIFAR-10 is in {prepare() / FOLDER}")
+        print(f"CIFAR-10 is in {folder_in(prepare())}")
     except DataError as error:
         print(error, file=sys.stderr)
         sys.exit(3 if isinstance(error, DataUnreachableError) else 1)

@@ -341,13 +341,16 @@ class Run:
             device = self.runtime.device
             losses = None if meter["losses"] is None else [part.to(device) for part in meter["losses"]]
             self.meter = Meter(**{**meter, "sums": meter["sums"].to(device), "losses": losses})
+            lengths = {len(values) for values in result["history"].values()}
+            if len(lengths) > 1 or not set(meter) == {field.name for field in dataclasses.fields(Meter)}:
+                raise ValueError("its history or its place in the epoch is incomplete")
             self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
             self.rate = state.get("rate", 0.0)  # in checkpoints from before, all rates are those of the recipe
             other = [field for field in NOTED if result[field] != self.result[field]]
             planned = result["config"]["epochs"]
         except SettingError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             path = self.folder.path / "last.pt"
             raise CheckpointError(f"{path} does not fit this network, or is damaged: {error}") from error
         if self.by_recipe:  # other rates if `epochs` has changed

@@ -158,10 +158,18 @@ def settings_of(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Another version of this repository wrote it, with other settings.
     """
-    saved = state.get("result", {}).get("config", {})
+    path = Path(folder) / "last.pt"
+    try:
+        saved = dict(state["result"]["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no settings of a run, so it is no checkpoint") from error
     if other := set(saved) ^ {field.name for field in dataclasses.fields(Config)}:
         raise CheckpointError(
-            f"{Path(folder) / 'last.pt'} is of another version of this repository, with other settings "
-            f"({', '.join(sorted(other))}): go on with that version, or begin a new run"
+            f"{path} is of another version of this repository, with other settings ({', '.join(sorted(other))}): go on "
+            "with that version, or begin a new run"
         )
+    try:
+        Config(**saved)
+    except SettingError as error:
+        raise CheckpointError(f"{path} holds settings that no run can have: {error}") from error
     return saved

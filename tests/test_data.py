@@ -193,3 +193,24 @@ def test_a_failed_download_spares_what_another_process_put_there(nowhere, monkey
     with pytest.raises(DataUnreachableError, match="timed out"):
         prepare()
     assert everything_in(nowhere) == [FOLDER]
+
+
+@pytest.mark.parametrize("name", ["cifar", "cifar-10-batches-py"])
+def test_a_link_to_the_folder_is_taken_by_any_name(tiny, nowhere, name):
+    nowhere.mkdir()
+    link = nowhere / name
+    link.symlink_to(tiny.root / FOLDER, target_is_directory=True)
+    for given in (link, f"{link}/.", link / ".." / name):
+        assert len(load_cifar10(train=True, data_dir=given)[1]) == TRAIN_COUNT
+
+
+def test_an_archive_in_a_folder_that_is_read_only_is_unpacked_into_the_next(tiny, nowhere, tmp_path, monkeypatch):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    shutil.copy(tiny.archive, locked / ARCHIVE)
+    writable = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != locked and writable(path, mode))
+    assert prepare(locked) == nowhere
+    assert everything_in(locked) == [ARCHIVE]
+    monkeypatch.setattr(storage, "extract_archive", lambda *_: pytest.fail("unpacked again"))
+    assert prepare(locked) == nowhere

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import files_of, quick, signal_at, small_network, timeless, weights
+from small_runs import files_of, plain, plain_network, quick, signal_at, small_network, timeless, weights
 from torch import Tensor, nn
 
-from machinery import files
+from machinery import files, processes
 from machinery.folder import FILES
 from train import Config, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError, fit
 
@@ -191,3 +191,27 @@ def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver, monkeypatch)
     assert all(torch.equal(ends[0]["model"][key], ends[1]["model"][key]) for key in ends[0]["model"])
     assert timeless(ends[0]["result"]["history"]) == timeless(ends[1]["result"]["history"])
     assert files_of("killed") == sorted(FILES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+        "Too many open files. Communication with the workers is no longer possible.",
+        "[Errno 12] Cannot allocate memory",
+        "DataLoader worker (pid 7) is killed by signal: Killed.",
+    ],
+)
+def test_workers_that_lack_room_are_named_with_the_way_out(text):
+    assert "workers = 0" in processes.failure_of_the_machine(RuntimeError(text))
+    assert processes.failure_of_the_machine(RuntimeError("another fault")) is None
+
+
+def train_in_a_pool(root: Path) -> list[float]:
+    return fit(plain(workers=1, epochs=1, data_dir=root), plain_network())["train_loss"]
+
+
+def test_a_process_that_may_have_no_children_trains_without_workers(tiny_root):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        in_pool = pool.apply(train_in_a_pool, (tiny_root,))
+    assert in_pool == fit(plain(name="same", epochs=1), plain_network())["train_loss"]
