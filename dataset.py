@@ -1,6 +1,7 @@
 """CIFAR-10 as a torch Dataset with Albumentations transforms, and the loaders that feed the training loop."""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,9 +214,16 @@ def make_loaders(
     options |= {"batch_size": config.batch_size, "seed": config.seed}
     options["pin_memory"] = device is not None and device.type == "cuda"
     return (
-        make_loader(train_set, train=True, workers=config.workers, **options, **length),
+        make_loader(train_set, train=True, workers=_workers(config, options["pin_memory"]), **options, **length),
         make_loader(test_set, train=False, **options),
     )
+
+
+def _workers(config: Config, gpu: bool) -> int:
+    """How many processes prepare images: on a CPU one, for the others are needed to train."""
+    if config.workers is not None:
+        return config.workers
+    return min(16, max(1, len(os.sched_getaffinity(0)) - 1)) if gpu and hasattr(os, "sched_getaffinity") else 1
 
 
 def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -> tuple[Any, Any]:

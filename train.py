@@ -32,7 +32,7 @@ from machinery.optim import recipe_optimizer
 from machinery.run import running
 from machinery.runtime import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of, training_mode
 from machinery.settings import Config, parse_args, resumed
-from machinery.trial import batches_of, refuse_labels_beyond, refuse_non_finite, scores_of, views_of
+from machinery.trial import batches_of, in_range, refuse_labels_beyond, refuse_non_finite, scores_of, views_of
 from model import Net, WeightsError
 
 if TYPE_CHECKING:
@@ -109,14 +109,21 @@ def train_one_epoch(
 
 
 def training_step(
-    model: nn.Module, optimizer: Optimizer, runtime: Runtime, label_smoothing: float = 0.0
+    model: nn.Module,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    label_smoothing: float = 0.0,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     """What is done with a batch: forward, backward, and a step of the optimizer.
 
-    Takes images and labels, and returns the sums of `_sums` over all processes, and the loss of each image, (B,).
+    Takes images and labels, and returns the sums of `_sums` over all processes, and the loss of each image, (B,). In
+    fp16, the scaler leaves out steps whose gradients overflow, and such a loss counts as 0; if that does not end, a
+    NonFiniteLossError is raised.
     """
+    scaler = scaler or runtime.scaler()
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         scores = scores_of(model, images, runtime)  # (N, classes)
         if labels.ndim == 1:
             refuse_labels_beyond(labels, scores.shape[1], "labels")
@@ -124,11 +131,13 @@ def training_step(
         sums = processes.sum_over_ranks(_sums(scores.detach(), labels))
         losses = F.cross_entropy(scores.detach(), labels, reduction="none")
         optimizer.zero_grad()
-        processes.mean_over_ranks(loss, len(labels), sums[2]).backward()
-        optimizer.step()
-        return sums, losses
+        scaler.scale(processes.mean_over_ranks(loss, len(labels), sums[2])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return (sums, losses) if runtime.precision != "fp16" else in_range(scaler, sums, losses)
 
-    return Captured(step) if runtime.device.type == "cuda" and processes.world_size() == 1 else step
+    capturable = runtime.device.type == "cuda" and runtime.precision != "fp16" and processes.world_size() == 1
+    return Captured(step) if capturable else step
 
 
 @torch.no_grad()
@@ -238,7 +247,7 @@ def fit(
     """
     loaders = functools.partial(make_loaders, train_set=train_set, test_set=test_set)
     with running(config, model, optimizer, scheduler, network=_network, loaders=loaders, draw=_curves) as run:
-        step = training_step(run.network, run.optimizer, run.runtime, config.label_smoothing)
+        step = training_step(run.network, run.optimizer, run.runtime, config.label_smoothing, run.scaler)
         mix = cutmix(config.cutmix, run.classes)
         for title in run.epochs_left():
             train = train_one_epoch(

@@ -110,11 +110,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     Three Newton-Schulz steps, with the coefficients of K. Jordan's Muon, chosen for the steepest rise from 0. They
     bring singular values to 0.7 to 1.2, but for those below a fiftieth of the norm, which stay short: in the gradient
-    of a small batch they are noise. In bf16, but in fp32 on GPUs that only emulate it (before Ampere).
+    of a small batch they are noise. In bf16, but in fp32 on GPUs that only emulate it (before Ampere) and on MPS.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    emulated = matrices.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
-    x = matrices.float() if emulated else matrices.bfloat16()
+    x = matrices.float() if _is_emulated(matrices.device.type) else matrices.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
@@ -122,6 +121,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _is_emulated(device: str) -> bool:
+    """Whether the device has no bf16 of its own."""
+    return device == "mps" or (device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def recipe_optimizer(model: nn.Module, lr: float = 0.12) -> Muon:

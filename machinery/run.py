@@ -143,6 +143,7 @@ class Run:
             raise SettingError("scheduler: it is stepped after every batch, which ReduceLROnPlateau cannot be")
         self.optimizer, self.scheduler = optimizer, scheduler
         self._rates_to_device()
+        self.scaler = runtime.scaler()
         self.meter = self._empty_meter()
         self.result = new_record(config, self.bare, runtime)
         names = told_by(self.train_loader.dataset, "classes")
@@ -306,6 +307,7 @@ class Run:
             "model": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "scaler": self.scaler.state_dict(),
             "rate": self.rate,
             "losses": self.sampler.losses if self.config.skip else None,
             "random": torch.get_rng_state(),
@@ -345,6 +347,8 @@ class Run:
             if len(lengths) > 1 or not set(meter) == {field.name for field in dataclasses.fields(Meter)}:
                 raise ValueError("its history or its place in the epoch is incomplete")
             self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
             self.rate = state.get("rate", 0.0)  # in checkpoints from before, all rates are those of the recipe
             other = [field for field in NOTED if result[field] != self.result[field]]
             planned = result["config"]["epochs"]

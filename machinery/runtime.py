@@ -22,12 +22,11 @@ class Runtime:
     """Where and how the arithmetic is done; decided once per run by `choose_runtime`."""
 
     device: torch.device
-    bf16: bool
+    precision: str  # "bf16", "fp16" or "fp32"
     channels_last: bool
 
     def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.device}, {'bf16' if self.bf16 else 'fp32'}, {layout}"
+        return f"{self.device}, {self.precision}, {'channels_last' if self.channels_last else 'contiguous'}"
 
     def place(self, batch: Tensor) -> Tensor:
         """Images (N, 3, H, W) on the device, in the chosen layout."""
@@ -35,13 +34,19 @@ class Runtime:
         return batch.to(self.device, memory_format=layout, non_blocking=True)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        kind = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, kind, enabled=self.precision != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps the gradients of fp16 within its range; with other precisions, does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
 
 def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = "auto") -> Runtime:
     """The fastest of what this machine can do, except where told otherwise; arguments as in `Config`.
 
-    bf16 pays 2x to 8x on processors with avx512_bf16 or AMX and on CUDA from Ampere on, and costs elsewhere.
+    bf16 pays 2x to 8x on processors with avx512_bf16 or AMX and on CUDA from Ampere on, and costs elsewhere. Older GPUs
+    with tensor cores (V100, T4, RTX 20) have fp16 instead.
 
     Raises:
         SettingError: The device is not available.
@@ -53,16 +58,20 @@ def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = 
         raise SettingError(
             f"device {device} is not available here; these are: {', '.join(n for n in available if available[n])}"
         )
-    if device == "cuda":
-        bf16_is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
-        bf16_is_fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return Runtime(
         torch.device(device),
-        bf16=bf16_is_fast if precision == "auto" else precision == "bf16",
+        precision=_fastest_precision(device) if precision == "auto" else precision,
         channels_last=device != "mps" if layout == "auto" else layout == "channels_last",
     )
+
+
+def _fastest_precision(device: str) -> str:
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability() >= (7, 0) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 def runtime_of(model: nn.Module) -> Runtime:

@@ -46,10 +46,16 @@ class Config:
     seed: int = setting(
         0, "seed of the initial weights, of the order of the images, of their augmentation and of CutMix"
     )
-    workers: int = setting(1, "processes that prepare the images; the result is the same for any number")
+    workers: int | None = setting(
+        None,
+        "processes that prepare the images, with the same result for any number (default: 1, with a GPU all cores but "
+        "one, up to 16)",
+    )
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting(
-        "auto", "numbers to calculate with; auto is bf16 where the processor has it", ("auto", "bf16", "fp32")
+        "auto",
+        "numbers to calculate with; auto is bf16 where the processor has it, fp16 on older GPUs that have that",
+        ("auto", "bf16", "fp16", "fp32"),
     )
     layout: str = setting("auto", "order of an image's numbers in memory", ("auto", "channels_last", "contiguous"))
     resume: str | None = setting(None, "go on with the run in this folder, runs/NAME, with its settings")
@@ -78,9 +84,11 @@ class Config:
                 expected = f"any of {', '.join(choices)}"
             elif field.name in ranges:
                 low, high = ranges[field.name]
-                kinds = int if field.type is int else int | float
+                whole = field.type in (int, int | None)
+                kinds = int if whole else int | float
                 ok = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
-                expected = f"{'an integer' if field.type is int else 'a number'} from {low} to {high}"
+                ok |= value is None and field.default is None
+                expected = f"{'an integer' if whole else 'a number'} from {low} to {high}"
             elif choices:
                 ok, expected = value in choices, f"one of {', '.join(choices)}"
             elif field.type is bool:
@@ -118,8 +126,8 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
         if field.type is bool:
             options |= {"action": "store_true"}
-        elif field.type in (int, float):
-            options |= {"type": field.type, "metavar": "N" if field.type is int else "X"}
+        elif field.type in (int, int | None, float):
+            options |= {"type": float, "metavar": "X"} if field.type is float else {"type": int, "metavar": "N"}
         elif field.metadata["choices"]:
             options |= {"choices": field.metadata["choices"]}
         else:

@@ -89,6 +89,17 @@ def refuse_non_finite(scores: Tensor, batch: int) -> None:
         )
 
 
+def in_range(scaler: torch.amp.GradScaler, *values: Tensor) -> tuple[Tensor, ...]:
+    """The values of a step in fp16, with 0 where they overflowed.
+
+    Raises:
+        NonFiniteLossError: Steps overflowed until the scale fell below 1, so it is not for its size.
+    """
+    if scaler.get_scale() < 1:
+        raise NonFiniteLossError("the loss or its gradients are infinite or NaN in every step. Try precision fp32.")
+    return tuple(value.nan_to_num(0, 0, 0) for value in values)
+
+
 def try_out(
     model: nn.Module, train_set: Any, test_set: Any, batch_size: int, runtime: Runtime, layout: str
 ) -> tuple[Runtime, int]:

@@ -261,3 +261,36 @@ def test_one_cycle_of_ones_own_over_the_images_of_ones_own():
         scheduler=OneCycleLR(optimizer, 1e-2, total_steps=8),
     )
     assert history["lr"][1] > history["lr"][0]
+
+
+def test_fp16_trains_and_is_resumed_with_its_scale(capsys):
+    whole = small_network()
+    history = fit(plain(name="whole", epochs=3, precision="fp16"), whole)
+    assert "fp16" in capsys.readouterr().out
+    assert history["train_loss"][-1] < history["train_loss"][0]
+    stopped = signal_at(small_network(), 5)
+    with pytest.raises(StoppedError):
+        fit(plain(epochs=3, precision="fp16"), stopped)
+    assert torch.load("runs/plain/last.pt", weights_only=True)["scaler"]["scale"] == 65536
+    again = small_network()
+    fit(resumed("runs/plain"), again)
+    assert torch.equal(weights(again), weights(whole))
+
+
+class Overflowing(nn.Module):
+    """Answers beyond fp16's range, in the given steps of training, counted from 1."""
+
+    def __init__(self, steps: range) -> None:
+        super().__init__()
+        self.net, self.steps, self.count = network(10), steps, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += self.training
+        return self.net(x) * (1e6 if self.training and self.count in self.steps else 1)
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out_and_only_many_end_the_run():
+    history = fit(plain(epochs=3, precision="fp16"), Overflowing(range(2, 4)))
+    assert history["test_loss"][-1] < 2.4
+    with pytest.raises(NonFiniteLossError, match="in every step"):
+        fit(plain(name="all", epochs=10, precision="fp16"), Overflowing(range(1, 1000)))

@@ -52,3 +52,13 @@ def test_depthwise_and_zero_filters_of_other_networks_train():
     assert orthogonal[0] is model[0].weight
     fit(plain(epochs=1), model)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_directions_without_bf16_are_those_with_it(monkeypatch):
+    matrices = torch.randn(3, 40, 90)
+    in_bf16 = orthogonalize(matrices)
+    monkeypatch.setattr("machinery.optim._is_emulated", lambda device: True)
+    in_fp32 = orthogonalize(matrices)
+    assert not torch.equal(in_bf16, in_fp32)
+    cosine = (in_bf16 * in_fp32).sum((1, 2)) / (in_bf16.norm(dim=(1, 2)) * in_fp32.norm(dim=(1, 2)))
+    assert (1 - cosine).max() < 1e-2

@@ -28,7 +28,7 @@ from train import (
     train_one_epoch,
 )
 
-PLAIN = Runtime(torch.device("cpu"), bf16=False, channels_last=False)
+PLAIN = Runtime(torch.device("cpu"), "fp32", channels_last=False)
 
 
 def test_fit_learns_and_saves_what_it_returns(tiny_root):

@@ -1,0 +1,66 @@
+"""Device, precision and layout are chosen well, also for hardware that is not here; graphs keep what they returned."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from machinery import runtime
+from machinery.runtime import Captured, runtime_of, training_mode
+from model import Net
+from train import choose_runtime
+
+
+@pytest.mark.parametrize(
+    ("card", "native", "capability", "precision"),
+    [("H100", True, (9, 0), "bf16"), ("T4", False, (7, 5), "fp16"), ("GTX 1080", False, (6, 1), "fp32")],
+)
+def test_a_gpu_gets_the_fastest_precision_that_it_has(monkeypatch, card, native, capability, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert str(choose_runtime()) == f"cuda, {precision}, channels_last"
+    assert choose_runtime(precision="fp16").precision == "fp16"
+
+
+class FakeGraph:
+    """Runs what was captured, into the same memory, as a CUDA graph does."""
+
+    def capture(self, function, static: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+        self.function, self.static, self.results = function, static, results
+
+    def replay(self) -> None:
+        for held, result in zip(self.results, self.function(*self.static), strict=True):
+            held.copy_(result)
+
+
+def test_what_a_replayed_step_returned_is_not_overwritten_by_the_next(monkeypatch):
+    def step(images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.sum(), images * 2
+
+    monkeypatch.setattr(runtime, "EAGER_STEPS", 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    captured = Captured(step)
+    batches = [torch.full((4,), float(k)) for k in range(5)]
+    returned = []
+    for batch in batches:
+        result = captured(batch)
+        ((graph, static, results),) = captured.graphs.values()
+        graph.capture(step, static, results)
+        returned.append(result)
+    for batch, (total, doubled) in zip(batches, returned, strict=True):
+        assert (total, doubled.tolist()) == (batch.sum(), (2 * batch).tolist())
+
+
+def test_the_layout_is_that_of_the_filters():
+    assert runtime_of(Net()).channels_last
+    assert not runtime_of(nn.Conv2d(3, 8, 3)).channels_last
+    assert runtime_of(nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)).channels_last
+
+
+def test_batchnorm_without_parameters_of_its_own_is_no_frozen_layer():
+    net = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3).requires_grad_(False), nn.BatchNorm2d(3))
+    training_mode(net)
+    assert [layer.training for layer in net] == [True, False, True]
