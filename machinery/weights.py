@@ -35,8 +35,8 @@ def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
         sha256: Of the whole file, in hexadecimal, if it is known.
 
     Returns:
-        "model": name -> Tensor, named as in the network without wrappers; and "classes": a tuple of names, or None, from
-        "classes" in the checkpoint or in the metrics.json beside it.
+        "model": name -> Tensor, named as in the network without wrappers; and "classes": a tuple of names, or None,
+        from "classes" in the checkpoint or in the metrics.json beside it.
 
     Raises:
         WeightsError: The file is missing, damaged, not the one with this sha256, or holds anything else.
@@ -91,13 +91,11 @@ def _plain_data(content: bytes, path: Path) -> dict[Any, Any]:
     if hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]:
         content = content[:-DIGEST_SIZE]
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            # The checksums of the parts, which torch does not compare; and nothing stands behind the archive's end.
-            if archive.testzip() or content[-END_SIZE:][: len(END)] != END:
-                raise zipfile.BadZipFile
+        if content[-END_SIZE:][: len(END)] != END:
+            raise zipfile.BadZipFile("the end is missing, or more follows")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a TorchScript archive
-            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            saved = torch.load(_checked(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose text would advise to run what is in the file
         raise WeightsError(
             f"{path} holds a whole model or other Python objects, which could run code, so it was not opened; save the "
@@ -108,6 +106,20 @@ def _plain_data(content: bytes, path: Path) -> dict[Any, Any]:
             f"{path} does not hold the weights of a Net: it is damaged, or not a file of torch.save since version 1.6"
         ) from error
     return saved if isinstance(saved, dict) else {}
+
+
+def _checked(content: bytes) -> io.BytesIO:
+    """The zip archive in `content`, written anew from its parts, each of which must have the right checksum.
+
+    Torch compares no checksums, and believes a damaged table of contents where this reader does not; so it gets a table
+    that is made anew.
+    """
+    checked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(checked, "w") as copy:
+        for part in archive.infolist():
+            copy.writestr(part.filename, archive.read(part))
+    checked.seek(0)
+    return checked
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
