@@ -56,6 +56,7 @@ class Net(nn.Module):
         super().__init__()
         if num_classes is True or not isinstance(num_classes, SupportsIndex) or operator.index(num_classes) < 1:
             raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+        num_classes = operator.index(num_classes)
         self.classes: tuple[str, ...] | None = None
 
         # C1 takes the image apart into uncorrelated colour edges (the 2x2 stem) and gathers them
@@ -86,7 +87,7 @@ class Net(nn.Module):
         # GAP averages what is left of the image, so the classifier needs one weight per feature
         # and class, and any input size will do.
         self.gap = nn.AdaptiveAvgPool2d(1)  # (N, 186, 1, 1)
-        self.fc = nn.Linear(186, operator.index(num_classes), bias=False)
+        self.fc = nn.Linear(186, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.log_softmax(self.logits(x), dim=1)

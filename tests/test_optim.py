@@ -43,18 +43,6 @@ def test_the_other_groups_step_as_torch_adam_does():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_depthwise_and_zero_filters_of_other_networks_train():
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 7, groups=8), nn.AdaptiveAvgPool2d(1)]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
-    nn.init.zeros_(model[0].weight)
-    orthogonal = [p for group in recipe_optimizer(model).param_groups if group["orthogonal"] for p in group["params"]]
-    assert len(orthogonal) == 1
-    assert orthogonal[0] is model[0].weight
-    fit(plain(epochs=1), model)
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
 def test_muon_for_all_parameters_names_the_optimizer_that_can():
     with pytest.raises(ValueError, match=r"\(32,\).*recipe_optimizer\(model\).*orthogonal=False"):
         Muon(Net().parameters())
@@ -79,3 +67,15 @@ def test_adam_goes_on_from_a_state_with_an_integer_step():
     optimizers[1].load_state_dict(state)
     step()
     assert torch.equal(*twins)
+
+
+def test_depthwise_and_zero_filters_of_other_networks_train():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 7, groups=8), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+    nn.init.zeros_(model[0].weight)
+    orthogonal = [p for group in recipe_optimizer(model).param_groups if group["orthogonal"] for p in group["params"]]
+    assert len(orthogonal) == 1
+    assert orthogonal[0] is model[0].weight
+    fit(plain(epochs=1), model)
+    assert all(p.isfinite().all() for p in model.parameters())
