@@ -1,27 +1,27 @@
 """The network: `Net`, 2,034,040 parameters, CIFAR-10 images in, log-probabilities out.
 
-Importing this module has no side effects, and it needs nothing but torch:
+Importing this module has no side effects, and no package but torch is needed:
 
     from model import Net
     log_probs = Net().eval()(images)  # (N, 3, 32, 32) -> (N, 10)
 """
 
-import hashlib
-import io
 import math
+import operator
 from collections import OrderedDict
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from machinery.weights import WeightsError, load_weights, read_weights
+
+__all__ = ["Net", "WeightsError", "receptive_field"]
 
 WEIGHTS = Path(__file__).with_name("weights") / "cifar10.pt"  # see weights/README.md
 WEIGHTS_SHA256 = "dd0049bc50d0d5a8165fd83c575b50b6836a3f8349f86c6c754a2a93aaf14eeb"
-
-
-class WeightsError(RuntimeError):
-    """A file of weights is missing, damaged or of another network; the message names it."""
 
 
 class Net(nn.Module):
@@ -32,11 +32,15 @@ class Net(nn.Module):
     layers of depth at the end for a ninth of what dense ones would cost.
 
     Args:
-        num_classes: How many classes to tell apart, at least 1.
+        num_classes: How many classes to tell apart, at least 1; an integer of any kind, also NumPy's.
+
+    Attributes:
+        classes: Their names, a tuple in the order of the outputs, if the file that the weights came from had them;
+            else None.
 
     Shapes:
-        input: float (N, 3, H, W), normalised with the training set's mean and standard deviation;
-            made for 32x32, works for any H, W >= 16.
+        input: float (N, 3, H, W) of any precision, normalised with the training set's mean and standard
+            deviation; made for 32x32, works for any H, W >= 16.
         output: float (N, num_classes), natural-log probabilities: right for `F.nll_loss`, and for
             `F.cross_entropy` alike, since log_softmax leaves its own output unchanged.
 
@@ -50,8 +54,10 @@ class Net(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        if num_classes is True or not isinstance(num_classes, SupportsIndex) or operator.index(num_classes) < 1:
             raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+        num_classes = operator.index(num_classes)
+        self.classes: tuple[str, ...] | None = None
 
         # C1 takes the image apart into uncorrelated colour edges (the 2x2 stem) and gathers them
         # into 80 features; it alone sees full resolution, so it is narrow and pools at once.
@@ -90,49 +96,36 @@ class Net(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The scores before the softmax, float32 (N, num_classes), for images as `forward` takes them."""
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16:
-            raise ValueError(
-                f"expected images of shape (N, 3, H, W) with H, W >= 16, got {tuple(x.shape)}; "
-                "add a batch dimension with x.unsqueeze(0), or put channels first with x.permute(0, 3, 1, 2)"
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"expected normalised float images, got {x.dtype}; scale them to 0-1, subtract MEAN and divide by STD, "
-                "both in this repository's dataset.py"
-            )
+        if not torch.jit.is_scripting():  # TorchScript takes the network alone
+            x = checked_images(x, next(self.parameters(), x).dtype)
         x = self.c4(self.c3(self.c2(self.c1(x))))  # (N, 186, ceil((H - 1) / 8), ceil((W - 1) / 8))
         return self.fc(self.gap(x).flatten(1)).float()
 
     @classmethod
-    def from_pretrained(cls, file: str | Path | None = None, *, num_classes: int = 10) -> "Net":
+    def from_pretrained(cls, file: str | Path | None = None, *, num_classes: int | None = None) -> "Net":
         """A trained network, in eval mode, on the CPU.
 
         Args:
-            file: Weights for ten classes, such as model.pt of a run; by default those that ship beside this module,
+            file: A state dict or a checkpoint that holds one, also of a wrapped or compiled network, for any number of
+                classes; or a run's folder. See `read_weights`. By default the weights that ship beside this module,
                 trained on CIFAR-10: weights/README.md says how, and what they are good for.
-            num_classes: If not 10, the classifier is a fresh one, to be trained.
+            num_classes: If it is not the file's, the classifier is a fresh one, to be trained.
 
         Raises:
-            WeightsError: The file is missing, damaged or of another network.
+            WeightsError: The file is missing, damaged or of another network, or not of weights alone.
             ValueError: `num_classes` is not a positive integer.
         """
-        path = WEIGHTS if file is None else Path(file)
+        path = WEIGHTS if file is None else file
+        saved = read_weights(path, WEIGHTS_SHA256 if file is None else None)
+        fc = saved["model"].get("fc.weight", torch.empty(0))
+        outputs = len(fc) if fc.ndim == 2 and len(fc) else 10  # which load_weights will refuse
         with torch.random.fork_rng(devices=[]):
-            net = cls()
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise WeightsError(f"{path}: the weights cannot be read ({error.strerror})") from error
-        if file is None and hashlib.sha256(content).hexdigest() != WEIGHTS_SHA256:
-            raise WeightsError(f"{path} is not the file that belongs to this model.py; take both anew from one version")
-        try:
-            net.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        except Exception as error:  # damage makes torch raise nearly anything
-            raise WeightsError(f"{path} does not hold the weights of a Net for 10 classes: {error}") from error
-        if not all(value.isfinite().all() for value in net.state_dict().values()):
-            raise WeightsError(f"{path} holds weights that are infinite or NaN")
-        if num_classes != 10:
-            net.fc = cls(num_classes).fc
+            net = cls(outputs)
+        load_weights(net, saved["model"], path)
+        if len(saved["classes"] or ()) == outputs:
+            net.classes = saved["classes"]
+        if num_classes is not None and num_classes != outputs:
+            net.fc, net.classes = cls(num_classes).fc, None
         return net.eval()
 
 
@@ -175,7 +168,10 @@ class Residual(nn.Sequential):
     """Layers whose output is added to their input; (N, C, H, W) -> the same. He et al., 2016."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        y = x
+        for layer in self:  # and not super().forward(x), which TorchScript does not know
+            y = layer(y)
+        return x + y
 
 
 def depthwise_separable(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -206,6 +202,24 @@ def decorrelating_stem(out_channels: int) -> nn.Sequential:
     filters = torch.cat([filters, -filters])[:out_channels]
     stem.get_parameter("conv.weight").data[: len(filters)] = filters
     return stem
+
+
+def checked_images(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float images (N, 3, H, W) of any precision -> the same in that of the network; ValueError if they are none."""
+    if isinstance(x, fx.Proxy):  # a tracer's, of images that are not there yet
+        return x
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16:
+        raise ValueError(
+            "expected a tensor of images (N, 3, H, W) with H, W >= 16, got "
+            f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}; "
+            "add a batch dimension with x.unsqueeze(0), or put channels first with x.permute(0, 3, 1, 2)"
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"expected normalised float images, got {x.dtype}; scale them to 0-1, subtract MEAN and divide by STD, "
+            "both in this repository's dataset.py"
+        )
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def receptive_field(net: nn.Module) -> dict[str, int]:

@@ -28,6 +28,9 @@ class Muon(torch.optim.Optimizer):
         eps: Keeps Adam from dividing by zero.
         orthogonal: Whether to orthogonalise; takes parameters of two dimensions or more.
         rescale: Whether to bring the filters to norm sqrt(out); for layers with BatchNorm behind them.
+
+    Raises:
+        ValueError: A group is to be orthogonalised that has parameters of fewer than two dimensions.
     """
 
     def __init__(
@@ -42,6 +45,15 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "orthogonal": orthogonal, "rescale": rescale})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["orthogonal"] and (flat := [tuple(p.shape) for p in group["params"] if p.ndim < 2]):
+            raise ValueError(
+                f"Muon orthogonalises matrices, and a parameter has the shape {flat[0]}: use recipe_optimizer(model), "
+                "which leaves such parameters to Adam, or give them in a group with orthogonal=False"
+            )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -83,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             [self._state(p, "mean") for p in parameters],
             [self._state(p, "square") for p in parameters],
             [],
-            [self._state(p, "steps", torch.zeros((), device=p.device)) for p in parameters],
+            [self._state(p, "steps") for p in parameters],
             foreach=not on_cuda,
             fused=on_cuda,
             capturable=on_cuda,
@@ -96,12 +108,12 @@ class Muon(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _state(self, parameter: Tensor, name: str, start: Tensor | None = None) -> Tensor:
+    def _state(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]
-        if name == "steps" and "step" in state:  # of a checkpoint from before, an integer
-            state[name] = torch.tensor(float(state.pop("step")), device=parameter.device)
-        if name not in state:
-            state[name] = torch.zeros_like(parameter) if start is None else start
+        if name not in state and name == "steps":  # in checkpoints from before, "step", an integer
+            state[name] = torch.full((), float(state.pop("step", 0)), device=parameter.device)
+        elif name not in state:
+            state[name] = torch.zeros_like(parameter)
         return state[name]
 
 

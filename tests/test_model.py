@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchinfo
 import torchsummary
-from torch import nn
+from torch import fx, nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from model import Net, receptive_field
 
@@ -141,6 +145,29 @@ def test_other_numbers_of_classes(images):
     assert Net(num_classes=3)(images).shape == (4, 3)
 
 
+@pytest.mark.parametrize("labels", [np.array([0, 4, 2]), torch.tensor([0, 4, 2])])
+def test_the_number_of_classes_may_be_counted_from_labels(labels):
+    assert Net(labels.max() + 1).fc.out_features == 5
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 3, 32, 32)), [[1.0]], "photo.jpg"])
+def test_what_is_no_tensor_is_refused_by_its_kind(images):
+    with pytest.raises(ValueError, match=rf"\(N, 3, H, W\).*got {type(images).__name__}"):
+        Net()(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_and_network_may_have_any_precision(images, dtype):
+    net = Net().eval()
+    expected = net(images.to(dtype).float())
+    torch.testing.assert_close(net(images.to(dtype)), expected, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(net(images.to(dtype)), expected, rtol=0.05, atol=0.1)
+    log_probs = net.to(dtype)(images)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs, expected, rtol=0.05, atol=0.1)
+
+
 def test_copies_pickles_and_state_dicts_compute_the_same(images):
     net = Net().eval()
     loaded = Net().eval()
@@ -169,6 +196,41 @@ def test_compiles_without_graph_breaks(images):
     net = Net().eval()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), net(images))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:FutureWarning")
+def test_torchscript_computes_the_same_also_read_from_a_file(images, tmp_path):
+    net = Net().eval()
+    net.classes = tuple("abcdefghij")
+    scripted = torch.jit.script(net)
+    scripted.save(tmp_path / "net.pt")
+    for twin in (scripted, torch.jit.load(tmp_path / "net.pt")):
+        torch.testing.assert_close(twin(images), net(images), rtol=0, atol=0)
+
+
+def test_symbolic_tracing_computes_the_same_for_any_batch(images):
+    net = Net().eval()
+    traced = fx.symbolic_trace(net)
+    for batch in (images, images[:1], torch.randn(2, 3, 33, 47)):
+        torch.testing.assert_close(traced(batch), net(batch), rtol=0, atol=0)
+
+
+def test_features_of_a_block_can_be_extracted(images):
+    net = Net().eval()
+    features = create_feature_extractor(net, ["c3", "gap"])(images)
+    assert not net.training
+    assert torch.equal(features["c3"], net.c3(net.c2(net.c1(images))))
+    assert features["gap"].shape == (4, 186, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch says that its quantisation moves to another package
+def test_graph_mode_quantisation_answers_nearly_the_same(images):
+    net = Net.from_pretrained()
+    prepared = prepare_fx(copy.deepcopy(net), get_default_qconfig_mapping(), (images,))
+    prepared(images)
+    quantised = convert_fx(prepared)
+    assert not any(isinstance(m, nn.Conv2d) for m in quantised.modules())
+    torch.testing.assert_close(quantised(images).exp(), net(images).exp(), rtol=0, atol=0.3)
 
 
 def test_the_stem_starts_as_an_orthonormal_transform_with_both_signs():

@@ -1,5 +1,6 @@
 """The optimizer: which parameters go where, and how they step."""
 
+import pytest
 import torch
 from small_runs import plain
 from torch import nn
@@ -40,6 +41,32 @@ def test_the_other_groups_step_as_torch_adam_does():
             (parameter**4).sum().backward()
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_muon_for_all_parameters_names_the_optimizer_that_can():
+    with pytest.raises(ValueError, match=r"\(32,\).*recipe_optimizer\(model\).*orthogonal=False"):
+        Muon(Net().parameters())
+    Muon(Net().parameters(), orthogonal=False)
+    Muon(p for p in Net().parameters() if p.ndim == 4)
+
+
+def test_adam_goes_on_from_a_state_with_an_integer_step():
+    start = torch.tensor([1.0, -2.0, 3.0])
+    twins = [start.clone().requires_grad_() for _ in range(2)]
+    optimizers = [Muon([twin], lr=0.1, orthogonal=False) for twin in twins]
+
+    def step() -> None:
+        for twin, optimizer in zip(twins, optimizers, strict=True):
+            optimizer.zero_grad()
+            (twin**4).sum().backward()
+            optimizer.step()
+
+    step()
+    state = optimizers[1].state_dict()
+    state["state"][0]["step"] = int(state["state"][0].pop("steps"))
+    optimizers[1].load_state_dict(state)
+    step()
+    assert torch.equal(*twins)
 
 
 def test_depthwise_and_zero_filters_of_other_networks_train():
