@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from machinery.images import Images, augmentation, hole_colour
 from machinery.loading import DeviceLoader, start_worker
 from machinery.sampling import AUGMENTATIONS, DEFAULT_AUGMENT, PADDING, EpochSampler
 from machinery.settings import Config
+from machinery.weights import read_weights
+from machinery.words import say
 
 if TYPE_CHECKING:
     import albumentations as A
@@ -227,7 +230,9 @@ def _workers(config: Config, gpu: bool) -> int:
 
 
 def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -> tuple[Any, Any]:
-    """What to train on and what to test on: CIFAR-10 as the settings say, or what the user brought."""
+    """What to train on and what to test on, as the settings say, or what the user brought."""
+    if train_set is None and config.data not in ("cifar10", "synthetic"):
+        return _folder_sets(config)
     source: dict[str, Any] = {"data": config.data, "root": config.data_dir, "seed": config.seed}
     if train_set is None:
         if config.data == "cifar10":
@@ -237,14 +242,10 @@ def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -
         train_set = CIFAR10(train=True, augment=config.augment, padding=config.padding, **source)
         if not config.holdout:
             return train_set, CIFAR10(train=False, **source)
-    if not config.holdout:
-        if test_set is None:
-            raise SettingError(
-                "a train_set of your own needs a test_set beside it, or holdout, which keeps a part of it aside"
-            )
-        return train_set, test_set
     if test_set is not None:
-        raise SettingError("holdout tests on training images instead of the test_set; give one of them")
+        return train_set, test_set
+    if not config.holdout:
+        raise SettingError("a train_set of your own needs a test_set, or holdout, which keeps a part of it aside")
     size: int = len(train_set)  # type: ignore[arg-type]
     if config.holdout >= size:
         raise SettingError(f"holdout must be below the {size} training images, got {config.holdout}")
@@ -253,3 +254,21 @@ def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -
     if isinstance(train_set, Images):
         return train_set.subset(inside, train_set.augment), train_set.subset(outside)
     return Subset(train_set, inside.tolist()), Subset(train_set, outside.tolist())
+
+
+def _folder_sets(config: Config) -> tuple[Images, Images]:
+    """The pictures in the folder that `config.data` names, normalised as those that its weights began with."""
+    from machinery.pictures import load_classes  # noqa: PLC0415  Pillow is for those who have pictures
+
+    def tell(line: str) -> None:
+        say(line, sys.stdout if processes.rank() == 0 else None)
+
+    train, test, classes = load_classes(config.data, config.size, config.holdout, config.seed, tell)
+    known: dict[str, Any] = {"mean": MEAN, "std": STD} if config.weights else {}
+    if config.weights and config.weights != "pretrained":
+        known |= {name: value for name, value in read_weights(config.weights)["images"].items() if name in known}
+    options: dict[str, Any] = {"augment": config.augment, "padding": config.padding, "seed": config.seed}
+    train_set = Images(train.images, train.labels, classes, **options, **known)
+    test_set = Images(test.images, test.labels, classes, mean=train_set.mean, std=train_set.std)
+    test_set.is_held_out = test.is_held_out
+    return train_set, test_set

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dataset import CIFAR10, CLASSES, MEAN, SIZE, STD
 from machinery.errors import DataError, DataUnreachableError
+from machinery.words import say
 from predict import parse_with_network
 
 TOLERANCE = 1e-4  # between log-probabilities, natural
@@ -32,7 +33,8 @@ def export(model: nn.Module, file: str | Path, classes: Sequence[str] = CLASSES)
     Raises:
         ValueError: There are more or fewer names than outputs.
     """
-    images = torch.zeros(2, 3, SIZE, SIZE)
+    size = getattr(model, "size", None) or SIZE
+    images = torch.zeros(2, 3, size, size)
     with torch.no_grad():
         outputs = model.eval()(images).shape[1]
     if outputs != len(classes):
@@ -45,7 +47,8 @@ def export(model: nn.Module, file: str | Path, classes: Sequence[str] = CLASSES)
         dynamic_shapes=({0: torch.export.Dim("N")},),
         verbose=False,
     )
-    known = {"mean": MEAN, "std": STD, "classes": classes}
+    mean, std = getattr(model, "mean", None) or MEAN, getattr(model, "std", None) or STD
+    known = {"mean": mean, "std": std, "classes": classes}
     program = cast(torch.onnx.ONNXProgram, exported)  # None is for an option that is not used here
     program.model.metadata_props.update({name: json.dumps(value) for name, value in known.items()})
     program.save(file, external_data=False)
@@ -72,16 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         parser.error(str(error))
     try:
-        export(model, options.file)
+        export(model, options.file, model.classes or CLASSES)
     except OSError as error:
         parser.error(f"cannot write {options.file}: {error}")
     images = torch.stack([image for image, _ in data.__getitems__(range(sum(BATCHES)))])
+    images = nn.functional.interpolate(images, model.size or SIZE)  # which is its own size, mostly
     found = differences(model, options.file, images.split(BATCHES))
-    print(
-        f"{options.file}: log-probabilities differ by at most {max(found):.1e} on batches of {BATCHES} images of {name}"
-    )
+    most = f"log-probabilities differ by at most {max(found):.1e}"
+    say(f"{options.file}: {most} on batches of {BATCHES} images of {name}", sys.stdout)
     if not all(difference <= TOLERANCE for difference in found):  # NaN is no agreement either
-        print(f"that is more than {TOLERANCE:.0e}: do not use the file", file=sys.stderr)
+        say(f"that is more than {TOLERANCE:.0e}: do not use the file", sys.stderr)
         return 1
     return 0
 

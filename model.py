@@ -37,6 +37,9 @@ class Net(nn.Module):
     Attributes:
         classes: Their names, a tuple in the order of the outputs, if the file that the weights came from had them;
             else None.
+        size: The side of the images that it was trained on, in pixels, likewise.
+        mean: With what these were normalised, of each channel, on the scale 0-1, likewise.
+        std: Likewise.
 
     Shapes:
         input: float (N, 3, H, W) of any precision, normalised with the training set's mean and standard
@@ -58,6 +61,9 @@ class Net(nn.Module):
             raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
         num_classes = operator.index(num_classes)
         self.classes: tuple[str, ...] | None = None
+        self.size: int | None = None
+        self.mean: list[float] | None = None
+        self.std: list[float] | None = None
 
         # C1 takes the image apart into uncorrelated colour edges (the 2x2 stem) and gathers them
         # into 80 features; it alone sees full resolution, so it is narrow and pools at once.
@@ -124,6 +130,8 @@ class Net(nn.Module):
         load_weights(net, saved["model"], path)
         if len(saved["classes"] or ()) == outputs:
             net.classes = saved["classes"]
+        for name, value in saved["images"].items():
+            setattr(net, name, value)
         if num_classes is not None and num_classes != outputs:
             net.fc, net.classes = cls(num_classes).fc, None
         return net.eval()

@@ -269,7 +269,9 @@ def fit(
 
 
 def _network(weights: str | None, classes: int) -> Net:
-    return Net.from_pretrained(weights, num_classes=classes) if weights else Net(classes)
+    if not weights:
+        return Net(classes)
+    return Net.from_pretrained(None if weights == "pretrained" else weights, num_classes=classes)
 
 
 def _curves(history: dict[str, list]) -> "Figure":

@@ -60,7 +60,7 @@ def is_default(run: dict) -> bool:
     return (
         run["runtime"].startswith("cpu")
         and wanted.items() <= run.items()
-        and all(run["config"].get(field) == value for field, value in settings.items())
+        and all(run["config"].get(field, value) == value for field, value in settings.items())
         and rates == [DEFAULT["lr"] * (1 - epoch / epochs) for epoch in range(epochs)]
     )
 

@@ -154,7 +154,7 @@ def _new(config: Config) -> Path:
             )
         path.mkdir(parents=True, exist_ok=True)
         return path
-    name = f"{config.data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{Path(config.data).name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):  # of a run that began in the same second

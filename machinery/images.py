@@ -47,6 +47,7 @@ class Images(Dataset):
     """
 
     source = "your own"  # "cifar10" or "synthetic" where they are that
+    is_held_out = False  # from training
 
     def __init__(
         self,
@@ -114,6 +115,11 @@ class Images(Dataset):
     @property
     def class_to_idx(self) -> dict[str, int]:
         return {name: k for k, name in enumerate(self.classes)}
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What a network has to know of them: side in pixels, and with what they are normalised."""
+        return {"size": self.images.shape[1], "mean": list(self.mean), "std": list(self.std)}
 
     @property
     def hole_colour(self) -> tuple[int, ...]:

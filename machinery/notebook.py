@@ -26,7 +26,7 @@ from nbclient.util import ensure_async
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
-from machinery.clock import duration, remaining
+from machinery.words import duration, remaining
 
 EPOCH = re.compile(r"epoch (\d+)/(\d+)\b.*: train ")  # as `fit` prints it
 IN_THE_CELL = re.compile(r"^Cell In.*?(?=\n\n|\Z)", re.DOTALL | re.MULTILINE)  # of a traceback of IPython

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from machinery import files, processes
-from machinery.clock import remaining
 from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError
 from machinery.folder import NOTED, Folder, new_record
 from machinery.loading import end_workers
@@ -28,6 +28,7 @@ from machinery.runtime import Runtime, choose_runtime, keep_freed_memory
 from machinery.sampling import EpochSampler
 from machinery.settings import Config
 from machinery.trial import told_by, try_out
+from machinery.words import remaining, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,6 +129,8 @@ class Run:
         self.sampler = cast(EpochSampler, self.train_loader.sampler)
         self.bare = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
         self.data = told_by(self.train_loader.dataset, "source") or "your own"
+        held_out = config.holdout or told_by(self.test_loader.dataset, "is_held_out")
+        self.tested_on = "held-out" if held_out else "test"
         self.by_recipe = optimizer is None
         if optimizer is None:
             optimizer = recipe_optimizer(model, config.lr)
@@ -148,6 +151,7 @@ class Run:
         self.result = new_record(config, self.bare, runtime)
         names = told_by(self.train_loader.dataset, "classes")
         self.result |= {"data": self.data, "classes": list(names) if names else None}
+        self.result["images"] = told_by(self.train_loader.dataset, "kind")
         self.result |= {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
         self.started = self.saved_at = self.began = time.perf_counter()
         self.sitting = 0  # epochs since then
@@ -181,7 +185,7 @@ class Run:
     def say(self, text: str) -> None:
         """Prints, once for all processes."""
         if processes.rank() == 0:
-            print(text, flush=True)
+            say(text, sys.stdout)
 
     def epochs_left(self) -> Iterator[str]:
         """A title for each epoch that the run still lacks."""
@@ -231,7 +235,7 @@ class Run:
             "lr": config.lr * (1 - self.epochs / config.epochs) if self.by_recipe else self.rate,
             "seconds": round(before + self.meter.seconds, 2),
             "data": self.data,
-            "tested_on": "held-out" if config.holdout else "test",
+            "tested_on": self.tested_on,
         }
         for column, value in row.items():
             self.history.setdefault(column, []).append(value)

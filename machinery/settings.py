@@ -12,6 +12,7 @@ from machinery.errors import CheckpointError, SettingError
 from machinery.sampling import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, MAX_SKIP, PADDING
 
 # Settings that do not change what a run computes, so that a resumed run may have others.
+SETS = ("cifar10", "synthetic")  # that have a name of their own
 FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")
 
 
@@ -24,11 +25,15 @@ def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
 class Config:
     """All settings of a run. Each is a flag of `python train.py`, and all are saved with the result."""
 
-    data: str = setting("cifar10", "the dataset, or drawn pictures that need no files", ("cifar10", "synthetic"))
+    data: str = setting(
+        "cifar10",
+        "cifar10; or synthetic, drawn pictures that need no files; or a folder with one of pictures per class",
+    )
     data_dir: str | None = setting(None, "where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at")
     name: str | None = setting(None, "results go to runs/NAME, which must be new (default: data, seed and time)")
     weights: str | None = setting(
-        None, "begin the run with the weights of a Net in this file, such as runs/NAME/model.pt"
+        None,
+        "begin with the weights of a Net in this file, such as runs/NAME/model.pt, or with those that ship: pretrained",
     )
     epochs: int = setting(
         20, "passes over the training set, with skip over a part of it; the learning rate falls linearly to 0 over all"
@@ -42,6 +47,7 @@ class Config:
     skip: float = setting(
         0.0, "share of the images, easy ones, left out of each epoch but the first and the last; for short runs"
     )
+    size: int = setting(32, "side in pixels to which pictures of your own are brought")
     holdout: int = setting(0, "test on this many training images, kept out of training, instead of the test set")
     seed: int = setting(
         0, "seed of the initial weights, of the order of the images, of their augmentation and of CutMix"
@@ -71,6 +77,7 @@ class Config:
             "padding": (0, MAX_PADDING),
             "cutmix": (0, 1),
             "skip": (0, MAX_SKIP),
+            "size": (16, 512),
             "holdout": (0, 40_000),
             "seed": (0, 2**32 - 1),
             "workers": (0, 64),
@@ -93,6 +100,11 @@ class Config:
                 ok, expected = value in choices, f"one of {', '.join(choices)}"
             elif field.type is bool:
                 ok, expected = isinstance(value, bool), "True or False"
+            elif field.name == "data":
+                is_folder = isinstance(value, str | os.PathLike) and os.path.isdir(value)
+                ok, expected = value in SETS or is_folder, f"{' or '.join(SETS)}, or a folder of pictures"
+                if ok and value not in SETS:
+                    object.__setattr__(self, "data", os.path.abspath(value))
             elif field.name == "name":
                 ok = value is None or (isinstance(value, str) and value not in ("", "..") and Path(value).name == value)
                 expected = "a plain name, without folders"

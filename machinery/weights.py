@@ -25,7 +25,7 @@ class WeightsError(RuntimeError):
 
 
 def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
-    """The state dict in a file of `torch.save`, on the CPU, and the names of its classes.
+    """The state dict in a file of `torch.save`, on the CPU, and what is known of its classes and images.
 
     Every checksum in the file is compared before anything is loaded, and nothing but plain data is ever unpickled.
 
@@ -35,8 +35,9 @@ def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
         sha256: Of the whole file, in hexadecimal, if it is known.
 
     Returns:
-        "model": name -> Tensor, named as in the network without wrappers; and "classes": a tuple of names, or None,
-        from "classes" in the checkpoint or in the metrics.json beside it.
+        "model": name -> Tensor, named as in the network without wrappers; "classes": a tuple of names, or None; and
+        "images": "size", "mean" and "std" of the images that it was trained on, or nothing; the last two from the
+        checkpoint or from the metrics.json beside it.
 
     Raises:
         WeightsError: The file is missing, damaged, not the one with this sha256, or holds anything else.
@@ -61,7 +62,9 @@ def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         beside = json.loads(path.with_name("metrics.json").read_bytes())
     names = (_class_names(record) for record in (saved, saved.get("result"), beside))
-    return {"model": _unwrapped(state), "classes": next(filter(None, names), None)}
+    images = (record.get("images") for record in (saved.get("result"), beside) if isinstance(record, dict))
+    kinds = filter(lambda images: isinstance(images, dict) and images.keys() == {"size", "mean", "std"}, images)
+    return {"model": _unwrapped(state), "classes": next(filter(None, names), None), "images": next(kinds, {})}
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

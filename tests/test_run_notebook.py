@@ -11,8 +11,8 @@ import nbformat
 import pytest
 
 from machinery import notebook
-from machinery.clock import duration, remaining
 from machinery.notebook import main, value_of
+from machinery.words import duration, remaining
 
 REPOSITORY = Path(__file__).parents[1]
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
