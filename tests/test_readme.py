@@ -157,6 +157,7 @@ def test_the_committed_notebook_stays_as_it_is_when_taken_again(publish, noteboo
 
 
 def test_the_commands_shown_are_accepted(monkeypatch):
+    Path("pets").mkdir()
     commands = re.findall(r"train\.py (--(?!help).*?)(?:\s+#.*|`.*)?$", TEXT, re.MULTILINE)
     assert len(commands) > 5
     monkeypatch.setattr(files, "load", lambda path: {"result": {"config": dataclasses.asdict(Config())}})
