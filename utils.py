@@ -131,8 +131,13 @@ def plot_confusion(log_probs: Tensor, labels: Tensor, classes: Sequence[str]) ->
         log_probs: (N, 10), as `train.predict` returns them.
         labels: (N,), the true classes.
         classes: Their names.
+
+    Raises:
+        ValueError: There are more or fewer names than outputs.
     """
     n = len(classes)
+    if n != log_probs.shape[1]:
+        raise ValueError(f"classes must name the {log_probs.shape[1]} outputs of the network, got {n} names")
     counts = torch.bincount(labels * n + log_probs.argmax(1), minlength=n * n).reshape(n, n).numpy()
     mistakes = np.where(np.eye(n, dtype=bool), 0, counts)
     figure, axes = plt.subplots(figsize=(6.6, 6), layout="constrained")

@@ -183,7 +183,7 @@ def table() -> str:
 
 def survival() -> str:
     """What benchmarks/survival.py counted when it last ran."""
-    kills, corruptions = (saved("benchmarks/survival")[name] for name in ("kills", "corruptions"))
+    kills, corruptions, weights = (saved("benchmarks/survival")[name] for name in ("kills", "corruptions", "weights"))
     inside = f"{kills.get('inside a write', 0)} of them inside the writing of a checkpoint"
     anew = f"{kills.get('begun anew', 0)} killed before the first save and begun anew"
     refused = sum(count for outcome, count in corruptions.items() if outcome.startswith("refused"))
@@ -199,6 +199,13 @@ def survival() -> str:
             "bits flipped, ends cut off, pieces swapped in batch files, archive and checkpoint",
             f"{corruptions['corruptions']:,}",
             f"{refused:,} refused with a clear error, {accepted} accepted, {other} ended in another error",
+        ),
+        (
+            "the same in a file of weights, such as model.pt",
+            f"{weights['corruptions']:,}",
+            f"{weights.get('refused', 0):,} refused with a clear error, {weights.get('unharmed', 0)} read with the very "
+            f"weights that it had, {weights.get('believed', 0)} with others, {weights.get('another error', 0)} ended in "
+            "another error",
         ),
     )
 

@@ -2,7 +2,7 @@
 
 `python benchmarks/survival.py --kills 50 --corruptions 1000` prints the counts and saves benchmarks/survival.json. The
 training is `Net` on the drawn stand-in, which needs no files, with a save after every step, so that some kills fall
-into the writing of a files.
+into the writing of a checkpoint. What is to be counted 0 times is not, and keeps its earlier counts.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm  # noqa: E402
 
 from machinery import data, files  # noqa: E402
 from machinery.errors import CheckpointError, DataError  # noqa: E402
-from model import Net  # noqa: E402
+from model import Net, WeightsError  # noqa: E402
 
 DRIVER = f"""
 import sys
@@ -126,6 +126,24 @@ def corrupt(corruptions: int, folder: Path, dice: random.Random) -> Counter:
     return counts
 
 
+def corrupt_weights(corruptions: int, folder: Path, dice: random.Random) -> Counter:
+    """Damages a file of weights, and reads it as `Net.from_pretrained` and `--weights` do."""
+    path = folder / "model.pt"
+    torch.save(Net().state_dict(), path)
+    good, whole = path.read_bytes(), Net.from_pretrained(path).state_dict()
+    counts = Counter(corruptions=corruptions)
+    for _ in tqdm(range(corruptions), desc="weights"):
+        path.write_bytes(damaged(good, dice))
+        try:
+            read = Net.from_pretrained(path).state_dict()
+            counts["unharmed" if all(torch.equal(read[name], whole[name]) for name in whole) else "believed"] += 1
+        except WeightsError:
+            counts["refused"] += 1
+        except Exception:
+            counts["another error"] += 1
+    return counts
+
+
 def damaged(content: bytes, dice: random.Random) -> bytes:
     """With a bit flipped, the end cut off, or two pieces swapped; never the same as before."""
     bad = bytearray(content)
@@ -147,15 +165,19 @@ def main() -> None:
     parser.add_argument("--corruptions", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    dice, result = random.Random(arguments.seed), {"seed": arguments.seed}
+    saved, dice = Path(__file__).with_suffix(".json"), random.Random(arguments.seed)
+    result = json.loads(saved.read_text()) if saved.exists() else {}
     for title, experiment, count in (
         ("kills", kill_and_resume, arguments.kills),
         ("corruptions", corrupt, arguments.corruptions),
+        ("weights", corrupt_weights, arguments.corruptions),
     ):
+        if not count:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             result[title] = experiment(count, Path(folder), dice)
         print(title, dict(result[title]), flush=True)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    saved.write_text(json.dumps({**result, "seed": arguments.seed}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

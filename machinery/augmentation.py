@@ -46,6 +46,15 @@ class BatchTransform(A.ImageOnlyTransform):
     def targets_as_params(self) -> list[str]:
         return ["draws"]
 
+    def __call__(self, *args: Any, force_apply: bool = False, **data: Any) -> Any:
+        if "draws" not in data:
+            raise ValueError(
+                f"the named augmentations need images=uint8 (N, H, W, C) and draws=(N, {len(DRAWN_FOR)}), got "
+                f"{', '.join(data) or 'nothing'}; for single images, give CIFAR10(augment=...) or "
+                "CIFAR10(transform=...) what is to happen to them"
+            )
+        return super().__call__(*args, force_apply=force_apply, **data)
+
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         images, draws = data.get("images"), data["draws"]
         if images is None or np.shape(draws) != (len(images), len(DRAWN_FOR)):

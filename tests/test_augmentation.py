@@ -139,3 +139,8 @@ def test_transforms_refuse_data_that_albumentations_would_pass_by():
 def test_unknown_augmentations_are_refused(augment):
     with pytest.raises(ValueError, match="crop, flip, affine, trivial, cutout"):
         CIFAR10(augment=augment)
+
+
+def test_a_transform_called_as_for_single_images_says_what_to_do():
+    with pytest.raises(ValueError, match=r"need images=.* got image; for single images, give CIFAR10\(augment"):
+        train_transform()(image=np.zeros((32, 32, 3), np.uint8))

@@ -234,3 +234,8 @@ def test_the_picture_of_the_architecture_is_drawn_from_the_network():
     convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
     assert [int(text.split("\n")[0]) for text in outputs] == [conv.out_channels for conv in convolutions]
     assert net.training
+
+
+def test_the_confusion_matrix_needs_a_name_for_each_output():
+    with pytest.raises(ValueError, match="must name the 5 outputs of the network, got 3 names"):
+        plot_confusion(torch.zeros(4, 5), torch.arange(4), ["a", "b", "c"])
