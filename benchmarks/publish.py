@@ -186,6 +186,7 @@ def survival() -> str:
     kills, corruptions, weights = (saved("benchmarks/survival")[name] for name in ("kills", "corruptions", "weights"))
     inside = f"{kills.get('inside a write', 0)} of them inside the writing of a checkpoint"
     anew = f"{kills.get('begun anew', 0)} killed before the first save and begun anew"
+    believed, unharmed, failed = (weights.get(outcome, 0) for outcome in ("believed", "unharmed", "another error"))
     refused = sum(count for outcome, count in corruptions.items() if outcome.startswith("refused"))
     accepted, other = corruptions.get("accepted", 0), corruptions.get("another error", 0)
     return markdown(
@@ -203,9 +204,8 @@ def survival() -> str:
         (
             "the same in a file of weights, such as model.pt",
             f"{weights['corruptions']:,}",
-            f"{weights.get('refused', 0):,} refused with a clear error, {weights.get('unharmed', 0)} read with the very "
-            f"weights that it had, {weights.get('believed', 0)} with others, {weights.get('another error', 0)} ended in "
-            "another error",
+            f"{weights.get('refused', 0):,} refused with a clear error, {unharmed} read with the weights that it had, "
+            f"{believed} with others, {failed} ended in another error",
         ),
     )
 
