@@ -226,3 +226,36 @@ def test_inference_is_timed_for_networks_that_answer_alike(tmp_path):
         answer = ways[name](images)
         answer = torch.from_numpy(answer[0]) if isinstance(answer, list) else answer
         torch.testing.assert_close(answer, expected, rtol=0, atol=0.2 if "bf16" in name else 1e-3)
+
+
+def test_mirrored_filters_give_a_picture_and_its_mirror_image_one_answer():
+    mirrored = importlib.import_module("mirrored")
+    torch.manual_seed(0)
+    net = mirrored.MirroredNet().eval()
+    assert sum(p.numel() for p in net.parameters()) == 2_034_040
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(net(images), net(images.flip(3)), rtol=0, atol=1e-4)
+    for layer in net.modules():
+        if isinstance(layer, mirrored.MirroredConv2d):
+            x = torch.randn(1, layer.in_channels, 8, 8)
+            partners = x if layer.in_channels == 3 else x.roll(layer.in_channels // 2, 1)
+            swapped = layer(partners.flip(3)).flip(3).roll(layer.out_channels // 2, 1)
+            torch.testing.assert_close(layer(x), swapped, rtol=0, atol=1e-4)
+
+
+def test_the_search_takes_turns_and_says_how_sure_it_is(tmp_path, monkeypatch):
+    search = importlib.import_module("search")
+    monkeypatch.setattr(search, "SAVED", tmp_path / "search.json")
+    done = []
+
+    def run(name: str, seed: int, epochs: int, holdout: int) -> dict:
+        done.append((name, seed))
+        return {"seed": seed, "test_accuracy": 90.0 + seed}
+
+    clock = iter(range(100))
+    monkeypatch.setattr(search, "run", run)
+    monkeypatch.setattr(search.time, "monotonic", lambda: 60.0 * next(clock))
+    search.main(["--minutes", "4", "--candidates", "net", "mirrored"])
+    assert done == [("net", 0), ("mirrored", 0), ("net", 1), ("mirrored", 1)]
+    saved = json.loads((tmp_path / "search.json").read_text())["candidates"]
+    assert saved["net"] == {"n": 2, "mean": 90.5, "standard_error": 0.5, "runs": saved["net"]["runs"]}
