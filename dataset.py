@@ -24,7 +24,7 @@ from machinery.words import say
 if TYPE_CHECKING:
     import albumentations as A
 
-__all__ = ["AUGMENTATIONS", "CIFAR10", "CLASSES", "DEFAULT_AUGMENT", "MEAN", "SIZE", "STD", "Images", "cutmix"]
+__all__ = ["AUGMENTATIONS", "CIFAR10", "CLASSES", "DEFAULT_AUGMENT", "MEAN", "SIZE", "STD", "Images"]
 __all__ += ["denormalize", "eval_transform", "make_loader", "make_loaders", "train_transform"]
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -161,15 +161,6 @@ def make_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each epoch would draw from the state that dropout draws from
     )
-
-
-def cutmix(share: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """What `train_one_epoch` takes as `mix`: CutMix (Yun et al., 2019) of this share of the batches; None for 0."""
-    if not share:
-        return None
-    from torchvision.transforms import v2  # noqa: PLC0415  as in `CIFAR10`
-
-    return v2.RandomApply([v2.CutMix(num_classes=num_classes)], share)
 
 
 def seeded(dataset: Dataset, seed: int) -> Dataset:

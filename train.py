@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from dataset import cutmix, make_loaders
+from dataset import make_loaders
 from machinery import processes
 from machinery.errors import (
     CheckpointError,
@@ -248,7 +248,6 @@ def fit(
     loaders = functools.partial(make_loaders, train_set=train_set, test_set=test_set)
     with running(config, model, optimizer, scheduler, network=_network, loaders=loaders, draw=_curves) as run:
         step = training_step(run.network, run.optimizer, run.runtime, config.label_smoothing, run.scaler)
-        mix = cutmix(config.cutmix, run.classes)
         for title in run.epochs_left():
             train = train_one_epoch(
                 run.network,
@@ -256,7 +255,7 @@ def fit(
                 run.optimizer,
                 run.scheduler,
                 runtime=run.runtime,
-                mix=mix,
+                mix=run.mix,
                 title=title,
                 progress=progress,
                 meter=run.meter,

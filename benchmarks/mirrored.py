@@ -21,7 +21,9 @@ class MirroredNet(nn.Module):
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.c1 = nn.Sequential(stem(48), conv_bn(48, 80, pool=True))  # (N, 80, 16, 16)
-        self.c2 = nn.Sequential(Residual(conv_bn(80, 80), conv_bn(80, 80)), conv_bn(80, 288, pool=True))  # 288 × 8 × 8
+        self.c2 = nn.Sequential(
+            Residual(conv_bn(80, 80), conv_bn(80, 80)), conv_bn(80, 288, pool=True)
+        )  # (N, 288, 8, 8)
         self.c3 = nn.Sequential(
             Residual(conv_bn(288, 288, dilation=2), conv_bn(288, 288)), conv_bn(288, 608, pool=True)
         )  # (N, 608, 4, 4)

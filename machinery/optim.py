@@ -1,15 +1,21 @@
 """The optimizer: orthogonalised momentum for dense convolution filters, Adam for everything else."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.adam import adam
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from machinery.errors import SettingError
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon for the groups with `orthogonal=True`, Adam for the others.
 
     Muon (K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) takes the momentum of a
@@ -162,3 +168,37 @@ def recipe_optimizer(model: nn.Module, lr: float = 0.12) -> Muon:
         {"params": rest, "lr": lr / 12, "orthogonal": False},
     ]
     return Muon([group for group in groups if group["params"]])
+
+
+def optimizer_and_scheduler(
+    model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, lr: float, lengths: list[int]
+) -> tuple[Optimizer, LRScheduler | None]:
+    """Those given, if they fit each other and the model; else those of the recipe.
+
+    Args:
+        model: What they train.
+        optimizer: Of its parameters, or None for that of the recipe, with a learning rate that falls linearly to 0
+            over all epochs.
+        scheduler: Of that optimizer, if one is given.
+        lr: Of the recipe.
+        lengths: How many steps each epoch has.
+
+    Raises:
+        SettingError: They do not fit.
+    """
+    if optimizer is None:
+        if scheduler is not None:
+            raise SettingError("scheduler: it needs the optimizer that it is of; give fit both")
+        ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
+        optimizer = recipe_optimizer(model, lr)
+        return optimizer, LambdaLR(
+            optimizer, lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / len(lengths)
+        )
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if unknown := own - set(map(id, model.parameters())):
+        raise SettingError(f"optimizer: {len(unknown)} of its parameters are not of this model")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise SettingError("scheduler: it is of another optimizer than the one given")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise SettingError("scheduler: it is stepped after every batch, which ReduceLROnPlateau cannot be")
+    return optimizer, scheduler

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import math
 import sys
@@ -11,11 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from machinery import files, processes
@@ -23,7 +21,7 @@ from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, 
 from machinery.folder import NOTED, Folder, new_record
 from machinery.loading import end_workers
 from machinery.meter import Meter
-from machinery.optim import recipe_optimizer
+from machinery.optim import optimizer_and_scheduler
 from machinery.runtime import Runtime, choose_runtime, keep_freed_memory
 from machinery.sampling import EpochSampler
 from machinery.settings import Config
@@ -132,19 +130,8 @@ class Run:
         held_out = config.holdout or told_by(self.test_loader.dataset, "is_held_out")
         self.tested_on = "held-out" if held_out else "test"
         self.by_recipe = optimizer is None
-        if optimizer is None:
-            optimizer = recipe_optimizer(model, config.lr)
-            if scheduler is not None:
-                raise SettingError("scheduler: it needs the optimizer that it is of; give fit both")
-            scheduler = LambdaLR(optimizer, self._factor())
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if unknown := own - set(map(id, model.parameters())):
-            raise SettingError(f"optimizer: {len(unknown)} of its parameters are not of this model")
-        if scheduler is not None and scheduler.optimizer is not optimizer:
-            raise SettingError("scheduler: it is of another optimizer than the one given")
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise SettingError("scheduler: it is stepped after every batch, which ReduceLROnPlateau cannot be")
-        self.optimizer, self.scheduler = optimizer, scheduler
+        lengths = [math.ceil(self.sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs)]
+        self.optimizer, self.scheduler = optimizer_and_scheduler(model, optimizer, scheduler, config.lr, lengths)
         self._rates_to_device()
         self.scaler = runtime.scaler()
         self.meter = self._empty_meter()
@@ -156,12 +143,14 @@ class Run:
         self.started = self.saved_at = self.began = time.perf_counter()
         self.sitting = 0  # epochs since then
 
-    def _factor(self) -> Callable[[int], float]:
-        """Of the recipe's learning rates at a step: it falls linearly to 0 over all epochs."""
-        sampler, epochs = self.sampler, self.config.epochs
-        lengths = (math.ceil(sampler.count(epoch) / self.config.batch_size) for epoch in range(epochs))
-        ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
-        return lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / epochs
+    @property
+    def mix(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """What makes CutMix (Yun et al., 2019) of `config.cutmix` of the batches; None for 0."""
+        if not self.config.cutmix:
+            return None
+        from torchvision.transforms import v2  # noqa: PLC0415  takes a second, and only this needs it
+
+        return v2.RandomApply([v2.CutMix(num_classes=self.classes)], self.config.cutmix)
 
     @property
     def history(self) -> dict[str, list]:
