@@ -32,7 +32,7 @@ from machinery.optim import recipe_optimizer
 from machinery.run import running
 from machinery.runtime import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of, training_mode
 from machinery.settings import Config, parse_args, resumed
-from machinery.trial import batches_of, in_range, refuse_labels_beyond, refuse_non_finite, scores_of, views_of
+from machinery.trial import batches_of, in_range, refuse_labels_beyond, refuse_non_finite, views_of
 from model import Net, WeightsError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def training_step(
     scaler = scaler or runtime.scaler()
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        scores = scores_of(model, images, runtime)  # (N, classes)
+        scores = runtime.scores(model, images)  # (N, classes)
         if labels.ndim == 1:
             refuse_labels_beyond(labels, scores.shape[1], "labels")
         loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
@@ -165,7 +165,7 @@ def predict(
         for number, (images, batch_labels) in enumerate(batches_of(loader), 1):
             answer: Tensor | int = 0
             for view, weight in views_of(runtime.place(images), views):
-                answer = answer + weight * scores_of(model, view, runtime).log_softmax(1)  # (N, classes)
+                answer = answer + weight * runtime.scores(model, view).log_softmax(1)  # (N, classes)
             answers.append(torch.as_tensor(answer).cpu())
             labels.append(batch_labels.cpu())
             refuse_non_finite(answers[-1], number)

@@ -37,6 +37,22 @@ class Runtime:
         kind = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, kind, enabled=self.precision != "fp32")
 
+    def scores(self, model: nn.Module, images: Tensor) -> Tensor:
+        """What the model answers to images on the device, float32 (N, classes).
+
+        Raises:
+            ValueError: The answer is something else, in one sentence.
+        """
+        with self.autocast():
+            scores = model(images)
+        if not isinstance(scores, Tensor) or scores.ndim != 2:
+            found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise ValueError(
+                f"the network must answer with one tensor (N, classes), got {found}; wrap it in a Module that returns "
+                "the scores alone"
+            )
+        return scores.float()
+
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps the gradients of fp16 within its range; with other precisions, does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

@@ -38,23 +38,6 @@ def batches_of(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         yield images, labels.long()
 
 
-def scores_of(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
-    """What the model answers, float32 (N, classes), in the arithmetic of `runtime`.
-
-    Raises:
-        ValueError: The answer is something else, in one sentence.
-    """
-    with runtime.autocast():
-        scores = model(images)
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
-        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-        raise ValueError(
-            f"the network must answer with one tensor (N, classes), got {found}; wrap it in a Module that returns the "
-            "scores alone"
-        )
-    return scores.float()
-
-
 def views_of(images: Tensor, views: int) -> Iterator[tuple[Tensor, float]]:
     """The images themselves for 1, and their six views for 6, (N, C, H, W) each, with weights that sum to 1.
 
@@ -155,9 +138,9 @@ def try_out(
 def _answers(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
     with torch.random.fork_rng(), torch.no_grad():
         if model.training and len(images) == 1:
-            return scores_of(model, runtime.place(images), runtime)
+            return runtime.scores(model, runtime.place(images))
         with answering(model):
-            return scores_of(model, runtime.place(images), runtime)
+            return runtime.scores(model, runtime.place(images))
 
 
 def _first_images(dataset: Any, name: str) -> Tensor:
