@@ -129,17 +129,17 @@ class Run:
         self.data = told_by(self.train_loader.dataset, "source") or "your own"
         held_out = config.holdout or told_by(self.test_loader.dataset, "is_held_out")
         self.tested_on = "held-out" if held_out else "test"
+        names = told_by(self.train_loader.dataset, "classes")
+        self.result = new_record(config, self.bare, runtime)
+        self.result |= {"data": self.data, "classes": list(names) if names else None}
+        self.result["images"] = told_by(self.train_loader.dataset, "kind")
         self.by_recipe = optimizer is None
         lengths = [math.ceil(self.sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs)]
         self.optimizer, self.scheduler = optimizer_and_scheduler(model, optimizer, scheduler, config.lr, lengths)
+        self.result |= {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
         self._rates_to_device()
         self.scaler = runtime.scaler()
         self.meter = self._empty_meter()
-        self.result = new_record(config, self.bare, runtime)
-        names = told_by(self.train_loader.dataset, "classes")
-        self.result |= {"data": self.data, "classes": list(names) if names else None}
-        self.result["images"] = told_by(self.train_loader.dataset, "kind")
-        self.result |= {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
         self.started = self.saved_at = self.began = time.perf_counter()
         self.sitting = 0  # epochs since then
 
