@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ SIZE = 32  # pixels, height and width
 # Of the 50,000 training images, per channel (RGB), on the scale 0-1.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+HELD_OUT_SHARE = 0.2  # of a folder of pictures that does not say on which to test
 
 
 class CIFAR10(Images):
@@ -249,17 +249,26 @@ def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -
 
 def _folder_sets(config: Config) -> tuple[Images, Images]:
     """The pictures in the folder that `config.data` names, normalised as those that its weights began with."""
-    from machinery.pictures import load_classes  # noqa: PLC0415  Pillow is for those who have pictures
+    from machinery.image_folder import draw_aside, load_image_folder  # noqa: PLC0415  for those who have pictures
 
     def tell(line: str) -> None:
-        say(line, sys.stdout if processes.rank() == 0 else None)
+        if processes.rank() == 0:
+            say(line)
 
-    train, test, classes = load_classes(config.data, config.size, config.holdout, config.seed, tell)
+    images, labels, test_images, test_labels, classes = load_image_folder(config.data, config.size, warn=tell)
+    is_held_out = not len(test_labels)
+    if is_held_out:
+        share = config.holdout / len(labels) if config.holdout else HELD_OUT_SHARE
+        aside = draw_aside(labels, classes, min(share, 0.99), config.seed)
+        images, test_images, labels, test_labels = images[~aside], images[aside], labels[~aside], labels[aside]
+    counts = zip(classes, np.bincount(labels), np.bincount(test_labels, minlength=len(classes)), strict=True)
+    shown = (f"{name} {own} and {other}" for name, own, other in counts)
+    tell(f"pictures to train on and to test on: {', '.join(shown)}")
     known: dict[str, Any] = {"mean": MEAN, "std": STD} if config.weights else {}
     if config.weights and config.weights != "pretrained":
         known |= {name: value for name, value in read_weights(config.weights)["images"].items() if name in known}
     options: dict[str, Any] = {"augment": config.augment, "padding": config.padding, "seed": config.seed}
-    train_set = Images(train.images, train.labels, classes, **options, **known)
-    test_set = Images(test.images, test.labels, classes, mean=train_set.mean, std=train_set.std)
-    test_set.is_held_out = test.is_held_out
+    train_set = Images(images, labels, classes, **options, **known)
+    test_set = Images(test_images, test_labels, classes, mean=train_set.mean, std=train_set.std)
+    test_set.is_held_out = is_held_out
     return train_set, test_set

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -174,7 +173,7 @@ class Run:
     def say(self, text: str) -> None:
         """Prints, once for all processes."""
         if processes.rank() == 0:
-            say(text, sys.stdout)
+            say(text)
 
     def epochs_left(self) -> Iterator[str]:
         """A title for each epoch that the run still lacks."""

@@ -1,8 +1,12 @@
 """What is said to a person: how long something will still take, names of files, and lines that are always printed."""
 
 import contextlib
-from pathlib import Path
+import os
+import re
+import sys
 from typing import TextIO
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def remaining(seconds: float, done: float, left: float) -> str:
@@ -26,13 +30,30 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def printable(path: str | Path) -> str:
-    """A name on one line, with escapes for what no terminal can show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+def printable(text: object) -> str:
+    """The text in one line that any UTF-8 output takes: control characters and stray bytes become escapes."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-def say(text: str, stream: TextIO | None) -> None:
-    """Prints a line where there is something to print to, with escapes for what that cannot show."""
-    with contextlib.suppress(ValueError, BrokenPipeError):  # it is closed
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+def print_line(text: str, stream: TextIO | None) -> None:
+    """Prints a line to what stands for the standard output or error, in a terminal, a notebook or a test.
+
+    What it cannot encode becomes escapes; what nobody can read any more, since it is closed, is not printed.
+
+    Raises:
+        OSError: It cannot be written, as on a full disk.
+    """
+    if stream is None or getattr(stream, "closed", False):
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=hasattr(stream, "flush"))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        with open(os.devnull, "w") as nowhere:  # for what is still to come, at the end of Python at the latest
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def say(text: str) -> None:
+    """Prints a line to the standard output, if it takes one; what is at work does not end for it."""
+    with contextlib.suppress(OSError):
+        print_line(text, sys.stdout)

@@ -1,7 +1,9 @@
 """The exported network says what the network says, for any number of images."""
 
+import io
 import json
 import math
+import sys
 
 import onnxruntime
 import pytest
@@ -53,3 +55,37 @@ def test_missing_weights_are_named(tmp_path, capsys):
         export.main([str(tmp_path / "net.onnx"), "--weights", str(tmp_path / "none.pt")])
     assert "none.pt" in capsys.readouterr().err
     assert not (tmp_path / "net.onnx").exists()
+
+
+def test_a_network_is_exported_with_its_own_classes_size_and_normalisation(tmp_path, capsys, monkeypatch):
+    net = Net(num_classes=3).eval()
+    net.classes = ("ant", "bee", "cat")
+    net.size, net.mean, net.std = 48, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # type: ignore[assignment]
+    monkeypatch.setattr(Net, "from_pretrained", lambda file=None: net)
+    monkeypatch.setattr(export, "BATCHES", (1, 3))
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path / "none"))  # it is not looked for
+    file = tmp_path / "net.onnx"
+    assert export.main([str(file)]) == 0
+    assert "on batches of (1, 3) images of drawn pictures" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(file)
+    assert session.get_inputs()[0].shape[1:] == [3, 48, 48]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert {name: tuple(json.loads(text)) for name, text in metadata.items()} == {
+        "mean": net.mean,
+        "std": net.std,
+        "classes": net.classes,
+    }
+
+
+def test_the_command_works_wherever_its_output_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "BATCHES", (2,))
+    monkeypatch.setattr(export, "export", lambda model, file, classes: None)
+    monkeypatch.setattr(export, "differences", lambda *_: [0.0])
+    closed = io.StringIO()
+    closed.close()
+    for stream in (closed, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert export.main([str(tmp_path / "net.onnx")]) == 0
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written := io.BytesIO(), encoding="ascii"))
+    assert export.main(["\xe9\udcff.onnx"]) == 0
+    assert written.getvalue().startswith(b"\\xe9\\udcff.onnx: log-probabilities differ by at most 0.0e+00")

@@ -1,17 +1,23 @@
 """`predict.py` takes whatever picture comes, names what it cannot read, and does the rest."""
 
+import io
 import json
+import os
+import struct
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 import predict
-from dataset import CLASSES
+from dataset import CIFAR10, CLASS_COLOURS, CLASSES
+from machinery import pictures
 from model import Net
 from predict import PictureError, classify, load_picture, plot_answers
 
@@ -178,3 +184,287 @@ def test_the_number_of_classes_to_name_is_checked(top, capsys):
     with pytest.raises(SystemExit):
         predict.main(["a.png", "--top", top])
     assert "--top" in capsys.readouterr().err
+
+
+def exif(*entries: tuple[int, int, int, int]) -> bytes:
+    """EXIF data with these entries: tag, type, count, value."""
+    body = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+
+
+def random_pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_upright(tmp_path, suffix, orientation):
+    file, data = tmp_path / f"a.{suffix}", Image.Exif()
+    data[0x0112] = orientation
+    Image.fromarray(random_pixels()).save(file, exif=data)
+    with Image.open(file) as turned:
+        np.testing.assert_array_equal(load_picture(file), np.asarray(ImageOps.exif_transpose(turned)))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_turned"),
+    [
+        (exif((0x0112, 3, 1, 6), (0x0128, 2, 4, 0x00636E69)), True),  # the unit of resolution as text
+        (exif((0x0112, 3, 1, 6), (0x0128, 11, 1, 0x3F800000)), True),  # as a float
+        (exif((0x0112, 3, 1, 6), (0x0131, 12, 1, 16)), True),  # the software as a number
+        (exif((0x0112, 3, 1, 6), (0x8769, 2, 4, 0x41414141)), True),  # text where another list should begin
+        (exif((0x0112, 2, 4, 0x00000036)), False),  # the orientation as text
+        (exif((0x0112, 3, 1, 6))[:20], False),
+        (b"Exif\0\0no metadata at all", False),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_no_metadata_cost_a_picture(tmp_path, suffix, metadata, is_turned):
+    file = tmp_path / f"a.{suffix}"
+    Image.fromarray(random_pixels()).save(file, exif=metadata)
+    with Image.open(file) as picture:
+        as_stored = picture.convert("RGB")
+    expected = as_stored.transpose(Image.Transpose.ROTATE_270) if is_turned else as_stored
+    np.testing.assert_array_equal(load_picture(file), np.asarray(expected))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_no_metadata_cost_a_tiff(tmp_path, compression):
+    pixels, content = random_pixels(), io.BytesIO()
+    Image.fromarray(pixels).save(content, "TIFF", compression=compression, tiffinfo={0x0112: 6, 0x0131: 20 * "x"})
+    software, xmp = struct.pack("<HHI", 0x0131, 2, 21), struct.pack("<HHI", 0x02BC, 3, 5)
+    assert software in content.getvalue()
+    (tmp_path / "a.tif").write_bytes(content.getvalue().replace(software, xmp))  # XMP that is no text
+    np.testing.assert_array_equal(load_picture(tmp_path / "a.tif"), np.rot90(pixels, -1))
+
+
+def test_a_large_photograph_is_read_at_a_fraction_and_comes_to_the_same(tmp_path):
+    y, x = np.mgrid[:1600, :2400]
+    photograph = np.stack([127 + 120 * np.sin(x / 150), 127 + 120 * np.cos(y / 130), 255 * x / 2400], -1)
+    Image.fromarray(photograph.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(photograph.astype(np.uint8)).save(tmp_path / "a.png")
+    difference = load_picture(tmp_path / "a.jpg").astype(int) - load_picture(tmp_path / "a.png")
+    assert np.abs(difference).max() <= 6
+
+
+def test_a_pipe_is_read_but_not_waited_for_without_end(tmp_path, monkeypatch):
+    pipe, file = tmp_path / "pipe", picture(tmp_path / "a.png", (10, 20, 30))
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(file.read_bytes()))
+    writer.start()
+    assert (load_picture(pipe) == (10, 20, 30)).all()
+    writer.join()
+    monkeypatch.setattr(pictures, "PIPE_SECONDS", 0.1)
+    with pytest.raises(PictureError, match=r"pipe: nothing came through this pipe for 0.1 seconds"):
+        load_picture(pipe)
+    monkeypatch.setattr(pictures, "PIPE_BYTES", 20)
+    reading, writing = os.pipe()
+    os.write(writing, bytes(30))
+    with pytest.raises(PictureError, match="more than 20 bytes came through this pipe"):
+        load_picture(f"/dev/fd/{reading}")
+    os.close(reading)
+    os.close(writing)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path, kind in (("/dev/zero", "a device"), (tmp_path, "a folder"), (tmp_path / "a\0b", "null")):
+        with pytest.raises(PictureError, match=kind):
+            load_picture(path)
+
+
+def test_a_folder_is_walked_through_links_but_never_in_circles_and_without_what_is_hidden(tmp_path):
+    folder, elsewhere = tmp_path / "holiday", tmp_path / "elsewhere"
+    for file in ("b.png", "sub/c.png", ".thumbs/d.png", "._b.png", ".e.png", "__MACOSX/f.png"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        picture(folder / file)
+    elsewhere.mkdir()
+    picture(elsewhere / "g.png")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "a").symlink_to(elsewhere)
+    (folder / "sub/same").symlink_to(elsewhere)
+    (folder / "sub/up").symlink_to("..")
+    (folder / "z.png").symlink_to(folder / "b.png")
+    found = [Path(answer.path).relative_to(folder).as_posix() for answer in classify([folder], Reddish())]
+    assert found == ["a/g.png", "b.png", "sub/c.png", "z.png"]
+
+
+def test_what_a_folder_cannot_give_is_named_or_counted(tmp_path, capsys):
+    good = picture(tmp_path / "a.png")
+    for name in ("b.HEIC", "c.heic", "notes.txt", "noname", ".hidden"):
+        (tmp_path / name).write_text("no picture")
+    assert predict.main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{good}: ")
+    assert err == "files left out, for their kind is not read: 4 (2 .heic, 1 without a suffix, 1 .txt)\n"
+    with pytest.warns(UserWarning, match=r"left out, for their kind is not read: 4 \(2 .heic"):
+        classify([tmp_path], Reddish())
+
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert predict.main([str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{good}: ")
+    lines = err.splitlines()
+    assert lines[:2] == [
+        f"{tmp_path}/gone.png: a link to nothing",
+        f"{tmp_path}/loop: Too many levels of symbolic links",
+    ]
+    assert lines[2] == f"{tmp_path}/pipe.png: neither a file nor a folder, and not read"
+    assert len(lines) == 4
+
+
+def test_a_folder_in_which_nothing_can_be_read_says_what_is_there(tmp_path, capsys):
+    for name in ("b.HEIC", "c.heic", "notes.txt"):
+        (tmp_path / name).write_text("no picture")
+    assert predict.main([str(tmp_path)]) == 1
+    assert capsys.readouterr() == (
+        "",
+        f"{tmp_path}: there is no picture in this folder of a kind that is read, only 2 .heic, 1 .txt; "
+        "save pictures as JPEG or PNG\n",
+    )
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_the_others_are_read(tmp_path, monkeypatch):
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir()
+        picture(tmp_path / name)
+    names = os.listdir
+
+    def refuse(path: str) -> list[str]:
+        if path.endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return names(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    errors: list[PictureError] = []
+    assert [answer.path for answer in classify([tmp_path], Reddish(), errors)] == [f"{tmp_path}/b/2.png"]
+    assert [str(error) for error in errors] == [f"{tmp_path}/a: Permission denied"]
+
+
+@pytest.mark.parametrize("name", [b"two\nlines.png", b"not \xff UTF-8.png", b"\x1b[2J\xe2\x80\xa8.png"])
+def test_any_name_gets_one_line_and_a_title(tmp_path, capsys, name):
+    path, bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), tmp_path / "bad\nfile.png"
+    picture(path)
+    bad.write_text("no picture")
+    assert predict.main([str(path), str(bad)]) == 1
+    out, err = capsys.readouterr()
+    for text, last in ((out, "%\n"), (err, ")\n")):
+        assert len(text.splitlines()) == 1
+        assert text.endswith(last)
+        assert text.isprintable() or text[:-1].isprintable()
+    assert predict.main([str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["path"] == str(path)
+    plot_answers(classify([path], Reddish())).canvas.draw()
+
+
+class Bare:
+    """Has nothing but what `print` needs."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+def test_the_command_works_wherever_its_output_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Net, "from_pretrained", lambda file=None: Net().eval())
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xc3\xa9\xff.png"))  # é, and no UTF-8
+    arguments = [str(picture(file)), str(tmp_path / "none.png")]
+    ascii_only, closed = io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO()
+    closed.close()
+    for stream in (io.StringIO(), Bare(), ascii_only, closed, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert predict.main(arguments) == 1
+    monkeypatch.setattr(sys, "stdout", bare := Bare())
+    monkeypatch.setattr(sys, "stderr", errors := Bare())
+    assert predict.main(arguments) == 1
+    assert bare.text.startswith(f"{tmp_path}/é\\udcff.png: ")
+    assert errors.text == f"{tmp_path}/none.png: there is no such file\n"
+    assert ascii_only.buffer.getvalue().startswith(os.fsencode(tmp_path) + b"/\\xe9\\udcff.png: ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        predict.say("nobody reads this", stream)
+        predict.say("nor this", stream)
+
+
+def test_a_full_disk_ends_the_command_with_a_message():
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit, match="cannot write: No space left on device"):
+        predict.say("this does not fit", Full())
+
+
+class Own(Reddish):
+    """A network with classes, a size and a normalisation of its own; says "red" of red pictures, else "x0"."""
+
+    classes = ("red", *(f"x{k}" for k in range(11)))
+    size, mean, std = 48, (0.5, 0.25, 0.125), [0.5, 0.5, 0.25]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # (N, 3, 48, 48) -> (N, 12)
+        self.seen = images
+        return torch.cat([super().forward(images), torch.zeros(len(images), 2)], 1)
+
+
+def test_the_classes_the_size_and_the_normalisation_are_those_of_the_network(tmp_path):
+    net = Own()
+    answers = classify([picture(tmp_path / "$a$.png"), picture(tmp_path / "b.png", (0, 255, 0))], net)
+    assert [next(iter(answer.probabilities)) for answer in answers] == ["red", "x0"]
+    assert set(answers[0].probabilities) == set(net.classes)
+    assert answers[0].picture.shape == (48, 48, 3)
+    torch.testing.assert_close(net.seen[0, :, 0, 0], torch.tensor([1.0, -0.5, -0.5]))
+    figure = plot_answers(answers, top=12)
+    figure.canvas.draw()
+    bars = [axes.patches for axes in figure.axes if axes.patches]
+    assert [len(patches) for patches in bars] == [12, 12]
+    colours = {tuple(patch.get_facecolor()) for patch in bars[0]}
+    assert len(colours) == len(CLASS_COLOURS)
+
+
+def test_a_network_without_names_is_answered_for_by_number_and_wrong_names_are_refused(tmp_path):
+    file, net = picture(tmp_path / "a.png"), Net(num_classes=2)
+    assert set(classify([file], net)[0].probabilities) == {"class 0", "class 1"}
+    net.classes = ("a", "b", "c")
+    with pytest.raises(ValueError, match="must name the 2 that it tells apart, got 3"):
+        classify([file], net)
+
+
+def test_a_network_with_other_things_of_these_names_is_taken_as_any(tmp_path):
+    net = Reddish()
+    net.register_buffer("mean", torch.ones(3))
+    net.std = net.size = lambda: 7  # type: ignore[assignment]
+    assert classify([picture(tmp_path / "a.png")], net)[0].picture.shape == (32, 32, 3)
+
+
+def test_the_command_names_the_classes_of_its_network(tmp_path, monkeypatch, capsys):
+    net = Net(num_classes=2).eval()
+    net.classes = ("cat", "dog")
+    monkeypatch.setattr(Net, "from_pretrained", lambda file=None: net)
+    file = str(picture(tmp_path / "a.png"))
+    assert predict.main([file]) == 0
+    named = capsys.readouterr().out
+    assert (named.count("cat"), named.count("dog"), named.count("%")) == (1, 1, 2)
+    assert predict.main([file, "--top", "1"]) == 0
+    with pytest.raises(SystemExit):
+        predict.main([file, "--top", "3"])
+    assert "argument --top: expected 1 to 2" in capsys.readouterr().err
+
+
+def test_the_classes_are_those_of_cifar10_if_the_network_says_nothing(tmp_path):
+    net = Reddish()
+    net.classes = None  # type: ignore[assignment]
+    answer = classify([picture(tmp_path / "a.png")], net)[0]
+    assert answer.classes == CLASSES
+
+
+def test_pictures_are_normalised_as_in_training(tiny_root):
+    dataset = CIFAR10(train=False)
+    images = torch.stack([dataset[i][0] for i in range(20)])
+    torch.testing.assert_close(predict.as_input(dataset.images[:20].numpy(), Net()), images, rtol=0, atol=1e-6)
