@@ -23,12 +23,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common import FOLDER, report
-from conftest import TinyCIFAR10
-from survival import end_of, same
+from survival import TinyCIFAR10, end_of, same
 
 from machinery import files
 from machinery.errors import CheckpointError
@@ -82,7 +81,8 @@ class Wire(threading.Thread):
             self.ends.append(end)
 
     def run(self) -> None:
-        number, flying = itertools.count(), []  # when a frame arrives, the how manieth it is, where, and itself
+        number = itertools.count()
+        flying: list[tuple[float, int, socket.socket, bytes]] = []  # when and where each frame will arrive
         while True:
             pause = max(0, flying[0][0] - time.monotonic()) if flying else None
             for end in select.select(self.ends, [], [], pause)[0]:
@@ -91,7 +91,7 @@ class Wire(threading.Thread):
                     other = self.ends[end is self.ends[0]]
                     heapq.heappush(flying, (time.monotonic() + self.delay, next(number), other, frame))
             while flying and flying[0][0] <= time.monotonic():
-                *_, end, frame = heapq.heappop(flying)
+                _, _, end, frame = heapq.heappop(flying)
                 with contextlib.suppress(OSError):  # as a full queue would, and TCP sends it again
                     end.send(frame)
 
@@ -119,17 +119,20 @@ class Machine:
         lines = ["127.0.0.1 localhost", f"127.0.1.1 {self.name}"]
         self.hosts.write_text("\n".join([*lines, *(f"{other.address} {other.name}" for other in others), ""]))
 
-    def start(self, *command: object, folder: Path | None = None, **environment: object) -> None:
+    def start(
+        self, *command: object, folder: Path | None = None, environment: Mapping[str, object] | None = None
+    ) -> subprocess.Popen:
         inside = f'hostname {self.name} && mount --bind {self.hosts} /etc/hosts && exec "$@"'
         with self.output.open("a") as output:
             self.command = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount", "sh", "-c", inside, "sh"]
                 + [str(part) for part in command],
                 cwd=folder or self.folder,
-                env=os.environ | {name: str(value) for name, value in environment.items()},
+                env=os.environ | {name: str(value) for name, value in (environment or {}).items()},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        return self.command
 
     def processes(self) -> list[int]:
         """Those that live."""
@@ -208,10 +211,12 @@ class Laboratory:
         command += ["--rdzv-backend=c10d", *meeting, *torchrun, str(script or self.driver())]
         return [*command, *(flags or (*FLAGS, "--name", self.run.name))]
 
-    def start(self, *flags: str, torchrun: tuple[str, ...] = (), **environment: object) -> None:
+    def start(
+        self, *flags: str, torchrun: tuple[str, ...] = (), environment: Mapping[str, object] | None = None
+    ) -> None:
         """The same command on both machines."""
         for machine in self.machines:
-            machine.start(*self.command(*flags, torchrun=torchrun), **environment)
+            machine.start(*self.command(*flags, torchrun=torchrun), environment=environment)
 
     def wait(self, condition: Callable[[], object], limit: float = LIMIT) -> None:
         """Until it holds, or it cannot any more, since nothing runs."""
@@ -306,7 +311,7 @@ RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
 
 
 def process_killed_and_restarted(lab: Laboratory) -> bool:
-    lab.start(torchrun=("--max-restarts=3",), **RESTARTS)
+    lab.start(torchrun=("--max-restarts=3",), environment=RESTARTS)
     lab.wait_for("epoch 1/")
     time.sleep(lab.dice.uniform(0, 2))
     victim = lab.dice.choice(lab.machines)
@@ -315,13 +320,13 @@ def process_killed_and_restarted(lab: Laboratory) -> bool:
 
 
 def machine_killed_and_started_again(lab: Laboratory) -> bool:
-    lab.start(torchrun=("--max-restarts=3",), **RESTARTS)
+    lab.start(torchrun=("--max-restarts=3",), environment=RESTARTS)
     lab.wait_for("epoch 1/")
     time.sleep(lab.dice.uniform(0, 2))
     other = lab.machines[1]
     other.kill()
     time.sleep(2)
-    other.start(*lab.command(torchrun=("--max-restarts=3",)), **RESTARTS)
+    other.start(*lab.command(torchrun=("--max-restarts=3",)), environment=RESTARTS)
     return lab.ends() == [0, 0] and lab.at_peace()
 
 
@@ -353,17 +358,16 @@ def packets_lost_and_late(lab: Laboratory) -> bool:
 
 
 def slow_download(lab: Laboratory) -> bool:
-    folders = [lab.folder.parent / f"{machine.name}-{lab.number}" for machine in lab.machines]
+    first, other = lab.machines
     server = lab.folder.parent / "server.py"
     server.write_text(SERVER.format(archive=str(lab.tiny.archive), seconds=1.5 * PATIENCE))
-    first, other = lab.machines
-    first.start(sys.executable, server)
-    serving, first.command = first.command, None
-    address = {"CIFAR10_URL": f"http://{first.address}:8000/"}
-    first.start(*lab.command(), CIFAR10_ROOT=lab.tiny.root)
-    other.start(*lab.command(), CIFAR10_ROOT=folders[1], **address)
+    serving = first.start(sys.executable, server)
+    first.start(*lab.command())
+    empty = {"CIFAR10_ROOT": lab.folder.parent / f"empty-{lab.number}", "CIFAR10_URL": f"http://{first.address}:8000/"}
     started = time.monotonic()
-    lab.wait(lambda: all(machine.command.poll() is not None for machine in lab.machines))
+    training = other.start(*lab.command(), environment=empty)
+    while training.poll() is None and time.monotonic() - started < LIMIT:
+        time.sleep(0.1)
     serving.kill()
     return lab.ends() == [0, 0] and time.monotonic() - started > 1.5 * PATIENCE and lab.at_peace()
 
@@ -458,12 +462,13 @@ def restarts_with_one_store(lab: Laboratory) -> bool:
 
 def from_two_to_one_and_back(lab: Laboratory) -> bool:
     elastic = ("--nnodes=1:2", "--max-restarts=3", "--rdzv-conf=last_call_timeout=5")
+    slower = {**RESTARTS, "STEP": 1.5}
     first, other = lab.machines
-    lab.start(torchrun=elastic, **RESTARTS, STEP=1.5)
+    lab.start(torchrun=elastic, environment=slower)
     lab.wait_for("epoch 1/")
     other.kill()
     lab.wait(lambda: first.output.read_text().count("parameters, on") == 2)  # alone
-    other.start(*lab.command(torchrun=elastic), **RESTARTS, STEP=1.5)
+    other.start(*lab.command(torchrun=elastic), environment=slower)
     ended = lab.ends() == [0, 0]
     counts = [line.count("2 processes") for line in first.output.read_text().splitlines() if "parameters, on" in line]
     distance = apart(end_of(lab.run)["history"], lab.peace["history"])
@@ -478,7 +483,7 @@ TRIALS: tuple[tuple[str, int, Callable[[Laboratory], bool], str], ...] = (
     ("5 % of the packets lost, and all 100 ms late", 2, packets_lost_and_late, PEACE),
     ("a process killed, with `--max-restarts=3`", 2, process_killed_and_restarted, PEACE),
     (
-        "a machine killed and its command given again, with `--max-restarts=3`",
+        "a machine killed, and its command given again, with `--max-restarts=3`",
         2,
         machine_killed_and_started_again,
         PEACE,
@@ -543,9 +548,7 @@ def experiment(only: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="*", default=[], metavar="WORD", help="trials whose function has it in its name"
-    )
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="only trials whose function is named so")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:

@@ -88,7 +88,7 @@ def refuse_separate(folder: Path) -> None:
 
 def code() -> dict[str, str]:
     """The beginning of the sha256 of every module of this repository that is loaded, by its path."""
-    paths = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    paths = {Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
     own = {path.relative_to(REPOSITORY): path for path in paths if path.is_relative_to(REPOSITORY)}
     return {
         name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
@@ -120,11 +120,10 @@ def _refuse_differences(told: list[tuple[str, dict[str, str]]]) -> None:
 
 def _digest(dataset: Any) -> str:
     """Of all images and labels where they are tensors in memory, else of the number of items and the first two."""
-    values = [getattr(dataset, name, None) for name in ("images", "labels")]
+    values: list[Any] = [getattr(dataset, name, None) for name in ("images", "labels")]
     if not all(isinstance(value, torch.Tensor) for value in values):
         with torch.random.fork_rng():
-            values = [dataset[index] for index in range(min(2, len(dataset)))]
-            values = [torch.as_tensor(part) for item in values for part in item]
+            values = [torch.as_tensor(part) for index in range(min(2, len(dataset))) for part in dataset[index]]
     digest = hashlib.sha256(str(len(dataset)).encode())
     for value in values:
         digest.update(value.cpu().contiguous().numpy().data)
