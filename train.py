@@ -232,7 +232,8 @@ def fit(
         CheckpointError: The run to be resumed is missing, damaged, or of another network.
         WeightsError: The file in `config.weights` is missing, damaged or of another network.
         NonFiniteLossError: The loss is infinite or NaN; the last checkpoint is from before.
-        MachineError: Memory ran out, or a process that prepares images died; the last checkpoint is from before.
+        MachineError: Memory ran out, a process that prepares images died, or another one of this run died or cannot be
+            reached; the last checkpoint is from before.
         StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
         UnsavedError: Training ended, but the disk did not take the result.
     """

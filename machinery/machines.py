@@ -145,11 +145,11 @@ def _choose_interface(store: dist.Store, rank: int, count: int) -> None:
 
 
 def _address_towards(host: str) -> str:
-    """The address of this machine on the way to another; nothing is sent."""
-    family, _, _, _, target = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)
+    """The IPv4 address of this machine on the way to another, empty if there is none; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((host, 1))
         return probe.getsockname()[0]
+    return ""
 
 
 def _interface_of(address: str) -> str | None:

@@ -29,6 +29,7 @@ T = TypeVar("T")
 # closed; this is for machines that vanish. A link that is back within half of it costs nothing but the time, for TCP
 # sends again after pauses that double.
 PATIENCE = timedelta(minutes=5)
+PULSE = 1  # seconds between two meetings while one of them works alone
 
 
 def rank() -> int:
@@ -170,15 +171,27 @@ def once_per_machine(make: Callable[[], object]) -> None:
     """
     if world_size() == 1:
         return
-    box: list[Any] = []
-    work = threading.Thread(target=lambda: box.append(_outcome(make)[1]), daemon=True)
-    if works := int(os.environ["LOCAL_RANK"]) == 0:
-        work.start()
-    while max_over_ranks(work.is_alive()):
-        if works:
-            work.join(1)
-    for error in filter(None, gather(box[0] if box else None)):
+    error, done = None, threading.Event()
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        pulse = threading.Thread(target=_meet_until, args=(done,))
+        pulse.start()
+        try:
+            error = _outcome(make)[1]
+        finally:
+            done.set()
+            pulse.join()
+    else:
+        done.set()
+        _meet_until(done)
+    for error in filter(None, gather(error)):
         raise error
+
+
+def _meet_until(done: threading.Event) -> None:
+    """Meets the other processes again and again, until this one and all others are done."""
+    with contextlib.suppress(RuntimeError):  # of one that died, which the next meeting tells
+        while max_over_ranks(not done.wait(PULSE)):
+            pass
 
 
 def _outcome(make: Callable[[], object]) -> list:
@@ -199,6 +212,8 @@ def failure_of_the_machine(error: BaseException) -> str | None:
     if isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in text:
         return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
     if launch_id() and isinstance(error, RuntimeError):  # of gloo, NCCL, or the store in which they meet
+        if "connectFullMesh" in text:
+            return f"set GLOO_SOCKET_IFNAME to the network interface that leads to the other machines: {text}"
         if "timed out" in text.lower() or "timeout" in text:
             return (
                 f"another process of this run did not answer for {PATIENCE.total_seconds():g} s: it hangs, "
