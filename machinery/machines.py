@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from machinery import processes
-from machinery.errors import SettingError
+from machinery.errors import MachineError, SettingError
 
 try:
     import fcntl
@@ -28,6 +28,22 @@ REPOSITORY = Path(__file__).parents[1]
 def several() -> bool:
     """Whether torchrun started processes on more than one machine."""
     return bool(processes.launch_id()) and int(os.environ["GROUP_WORLD_SIZE"]) > 1
+
+
+def refuse_unknown_leader() -> None:
+    """Raises MachineError if this machine cannot find the first one by the name which that has for itself."""
+    if not several():
+        return
+    leader = os.environ["MASTER_ADDR"]
+    try:
+        address = socket.getaddrinfo(leader, None)[0][4][0]
+    except OSError:
+        address = ""
+    if not address or (str(address).startswith("127.") and os.environ["GROUP_RANK"] != "0"):
+        raise MachineError(
+            f"{socket.gethostname()} does not know where {leader} is, the first machine of this run: write its address "
+            "into /etc/hosts, or give torchrun --local-addr=ADDRESS on each machine, with its own address"
+        )
 
 
 def meet(store: dist.Store, facts: dict[str, str]) -> None:

@@ -6,7 +6,6 @@ statistics and the metrics are summed over all ranks, so that the run is that of
 
 import contextlib
 import os
-import socket
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -86,7 +85,6 @@ def process_group(device_type: str, meet: Callable[[dist.Store], None] = lambda 
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     prefix = _store_prefix()
-    _refuse_unknown_leader()
     try:
         store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
         store = dist.PrefixStore(prefix, store)
@@ -101,20 +99,6 @@ def process_group(device_type: str, meet: Callable[[dist.Store], None] = lambda 
         if not isinstance(error, MachineError) and (cause := failure_of_the_machine(error)):
             raise MachineError(cause) from error
         raise
-
-
-def _refuse_unknown_leader() -> None:
-    """torchrun gives the first machine the name which that has for itself, and others may not know it."""
-    leader = os.environ["MASTER_ADDR"]
-    try:
-        address = socket.getaddrinfo(leader, None)[0][4][0]
-    except OSError:
-        address = ""
-    if not address or (str(address).startswith("127.") and os.environ["GROUP_RANK"] != "0"):
-        raise MachineError(
-            f"{socket.gethostname()} does not know where {leader} is, the first machine of this run: write its address "
-            "into /etc/hosts, or give torchrun --local-addr=ADDRESS on each machine, with its own address"
-        )
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -183,8 +167,8 @@ def once_per_machine(make: Callable[[], object]) -> None:
     else:
         done.set()
         _meet_until(done)
-    for error in filter(None, gather(error)):
-        raise error
+    for first in filter(None, gather(error)):
+        raise first
 
 
 def _meet_until(done: threading.Event) -> None:

@@ -62,6 +62,7 @@ def running(
     def meet(store: Store) -> None:
         machines.meet(store, facts_of(config, runtime))
 
+    machines.refuse_unknown_leader()
     with processes.process_group(runtime.device.type, meet), Folder(config) as folder:
         config, state = folder.config, folder.read()
         if model is None and config.weights and not state:

@@ -63,6 +63,8 @@ def test_machines_that_differ_are_named_with_what_differs():
 
 def test_on_one_machine_nothing_is_asked(monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "nobody.invalid")
+    machines.refuse_unknown_leader()
     machines.meet(dist.HashStore(), ALIKE)
     machines.refuse_separate(Path("runs"))
     machines.refuse_other_data([])
@@ -125,12 +127,12 @@ def test_a_machine_that_does_not_know_the_first_one_says_what_to_do(leader, mach
     monkeypatch.setenv("MASTER_ADDR", leader)
     monkeypatch.setenv("GROUP_RANK", str(machine))
     with pytest.raises(MachineError, match=f"does not know where {leader} is.*--local-addr=ADDRESS"):
-        processes._refuse_unknown_leader()
+        machines.refuse_unknown_leader()
 
 
 def test_the_first_machine_may_know_itself_by_a_loopback_address(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.1.1")
-    processes._refuse_unknown_leader()
+    machines.refuse_unknown_leader()
 
 
 def test_while_one_downloads_the_processes_meet_again_and_again(monkeypatch):
