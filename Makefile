@@ -6,12 +6,13 @@ EPOCHS ?=
 RESUME ?=
 STAND_IN := $(or $(EPOCHS),2)
 
-.PHONY: help run test browser train lint results card readme clean
+.PHONY: help run test browser machines train lint results card readme clean
 
 help:
 	@echo "make run     run the notebook top to bottom, into runs/ (EPOCHS=N for another length, RESUME=runs/NAME to go on)"
 	@echo "make test    run the tests"
 	@echo "make browser run the notebook in JupyterLab, in Chromium, and keep screenshots in runs/browser/"
+	@echo "make machines  train on two machines, which are made for it, and do harm to them (ONLY='words of names')"
 	@echo "make train   train from the command line with the default settings"
 	@echo "make lint    check style, formatting and types"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
@@ -39,6 +40,9 @@ test: $(READY)
 
 browser: $(READY)
 	$(BIN)/python -m pytest -m browser
+
+machines: $(READY)
+	$(BIN)/python benchmarks/machines.py $(if $(ONLY),--once --only $(ONLY))
 
 train: $(READY)
 	$(BIN)/python train.py $(if $(EPOCHS),--epochs $(EPOCHS))

@@ -241,7 +241,8 @@ def fit(
         CheckpointError: The run to be resumed is missing, damaged, or of another network.
         WeightsError: The file in `config.weights` is missing, damaged or of another network.
         NonFiniteLossError: The loss is infinite or NaN; the last checkpoint is from before.
-        MachineError: Memory ran out, or a process that prepares images died; the last checkpoint is from before.
+        MachineError: Memory ran out, a process that prepares images died, or another one of this run died or cannot be
+            reached; the last checkpoint is from before.
         StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
         UnsavedError: Training ended, but the disk did not take the result.
     """
@@ -282,7 +283,7 @@ def _curves(history: dict[str, list]) -> "Figure":
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     rank = os.environ["RANK"] if processes.launch_id() else "0"
-    first = rank == "0"  # of the processes that torchrun started, the one that speaks
+    first = rank == "0" or os.environ["LOCAL_RANK"] == "0"  # of torchrun's processes, on each machine one speaks
     try:
         fit(parse_args(arguments))
     except StoppedError as stopped:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from machinery import files, processes
+from machinery import files, machines, processes
 from machinery.errors import CheckpointError, SettingError
 from machinery.runtime import Runtime, describe_hardware
 from machinery.settings import FREE, Config, settings_of
@@ -50,6 +50,7 @@ class Folder:
         self.lock: io.TextIOBase | None = None
 
     def __enter__(self) -> "Folder":
+        machines.refuse_separate(Path(self.config.resume).parent if self.config.resume else Path("runs"))
         self.path: Path = processes.broadcast_from_rank_0(self._claimed)
         return self
 
@@ -199,6 +200,14 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def facts_of(config: Config, runtime: Runtime) -> dict[str, str]:
+    """What has to be the same on all machines that train together: packages, settings, arithmetic and code."""
+    own = ("data_dir", "workers")
+    settings = {name: repr(value) for name, value in dataclasses.asdict(config).items() if name not in own}
+    versions = {name: value for name, value in _versions().items() if name != "python"}
+    return {**versions, "the arithmetic": str(runtime), **settings, **machines.code()}
 
 
 def refuse_other_settings(config: Config, saved: dict[str, Any], folder: Path) -> None:

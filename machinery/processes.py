@@ -6,6 +6,7 @@ statistics and the metrics are summed over all ranks, so that the run is that of
 
 import contextlib
 import os
+import threading
 import types
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -18,9 +19,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from machinery.errors import SettingError
+from machinery.errors import MachineError, SettingError
 
 T = TypeVar("T")
+
+# How long a process waits for the others, in a step or at the start. In health that is the time of the slowest step, or
+# of a save: seconds, on a slow disk or processor a minute. A dead process is noticed at once, as its connections are
+# closed; this is for machines that vanish. A link that is back within half of it costs nothing but the time, for TCP
+# sends again after pauses that double.
+PATIENCE = timedelta(minutes=5)
+PULSE = 1  # seconds between two meetings while one of them works alone
 
 
 def rank() -> int:
@@ -58,8 +66,17 @@ def _store_prefix() -> str:
 
 
 @contextlib.contextmanager
-def process_group(device_type: str) -> Iterator[None]:
-    """Joins the other processes that torchrun started, by NCCL on GPUs and gloo elsewhere, until the `with` ends."""
+def process_group(device_type: str, meet: Callable[[dist.Store], None] = lambda store: None) -> Iterator[None]:
+    """Joins the other processes that torchrun started, by NCCL on GPUs and gloo elsewhere, until the `with` ends.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        meet: Called before, with the store that all of them read and write.
+
+    Raises:
+        SettingError: The device cannot be shared so, or torchrun was called in a way that cannot work.
+        MachineError: Another process died, did not come, or does not answer.
+    """
     if not launch_id() or dist.is_initialized():
         yield
         return
@@ -68,15 +85,20 @@ def process_group(device_type: str) -> Iterator[None]:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     prefix = _store_prefix()
-    store, number, count = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(prefix, store)
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    wait = timedelta(hours=1)  # for one another; a download may take long
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=wait)
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(prefix, store)
+        meet(store)
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        if not isinstance(error, MachineError) and (cause := failure_of_the_machine(error)):
+            raise MachineError(cause) from error
+        raise
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -116,18 +138,44 @@ def broadcast_from_rank_0(make: Callable[[], T]) -> T:
     return box[0]
 
 
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order."""
+    values: list[Any] = [value]
+    if world_size() > 1:
+        values *= world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def once_per_machine(make: Callable[[], object]) -> None:
     """Lets one process of each machine do what the others then find done; what it raises is raised by all.
 
-    A process alone does it later, where it needs it.
+    It may take hours, as a download does: until then the processes meet once a second, so that each knows that the
+    others live. A process alone does it later, where it needs it.
     """
     if world_size() == 1:
         return
-    error = _outcome(make)[1] if int(os.environ["LOCAL_RANK"]) == 0 else None
-    errors = [None] * world_size()
-    dist.all_gather_object(errors, error)  # all wait here for one another
-    for error in filter(None, errors):
-        raise error
+    error, done = None, threading.Event()
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        pulse = threading.Thread(target=_meet_until, args=(done,))
+        pulse.start()
+        try:
+            error = _outcome(make)[1]
+        finally:
+            done.set()
+            pulse.join()
+    else:
+        done.set()
+        _meet_until(done)
+    for first in filter(None, gather(error)):
+        raise first
+
+
+def _meet_until(done: threading.Event) -> None:
+    """Meets the other processes again and again, until this one and all others are done."""
+    with contextlib.suppress(RuntimeError):  # of one that died, which the next meeting tells
+        while max_over_ranks(not done.wait(PULSE)):
+            pass
 
 
 def _outcome(make: Callable[[], object]) -> list:
@@ -147,8 +195,16 @@ def failure_of_the_machine(error: BaseException) -> str | None:
         return f"the processes that prepare images lack room ({error}): try workers = 0, which gives the same"
     if isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in text:
         return "a process that prepares images died, often for want of memory: try workers = 0, which gives the same"
-    if world_size() > 1 and ("by peer" in text or "Broken pipe" in text):  # gloo: closed or reset
-        return "another process of this run died"
+    if launch_id() and isinstance(error, RuntimeError):  # of gloo, NCCL, or the store in which they meet
+        if "connectFullMesh" in text:
+            return f"set GLOO_SOCKET_IFNAME to the network interface that leads to the other machines: {text}"
+        if "timed out" in text.lower() or "timeout" in text:
+            return (
+                f"another process of this run did not answer for {PATIENCE.total_seconds():g} s: it hangs, "
+                "or its machine or the link to it is down"
+            )
+        if "by peer" in text or "Broken pipe" in text or isinstance(error, dist.DistNetworkError):
+            return "another process of this run died, or the link to it was cut"
     return None
 
 

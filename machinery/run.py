@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import Store
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from machinery import files, processes
+from machinery import files, machines, processes
 from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError
-from machinery.folder import NOTED, Folder, new_record
+from machinery.folder import NOTED, Folder, facts_of, new_record
 from machinery.loading import end_workers
 from machinery.meter import Meter
 from machinery.optim import optimizer_and_scheduler
@@ -55,11 +56,17 @@ def running(
         draw: The picture of a history.
     """
     runtime = choose_runtime(config.device, config.precision, config.layout)
-    with processes.process_group(runtime.device.type), Folder(config) as folder:
+
+    def meet(store: Store) -> None:
+        machines.meet(store, facts_of(config, runtime))
+
+    machines.refuse_unknown_leader()
+    with processes.process_group(runtime.device.type, meet), Folder(config) as folder:
         config, state = folder.config, folder.read()
         if model is None and config.weights and not state:
             processes.broadcast_from_rank_0(lambda: bool(network(config.weights, 10)))  # refused before a long download
         train_loader, test_loader = loaders(config, runtime.device)
+        machines.refuse_other_data(train_loader.dataset, test_loader.dataset)
         names = told_by(train_loader.dataset, "classes")
         torch.manual_seed(config.seed)
         if model is None:

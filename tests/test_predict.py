@@ -20,6 +20,7 @@ from dataset import CIFAR10, CLASS_COLOURS, CLASSES
 from machinery import pictures
 from model import Net
 from predict import PictureError, classify, load_picture, plot_answers
+from transforms import MEAN, STD
 
 
 class Reddish(nn.Module):
@@ -439,8 +440,9 @@ def test_a_network_without_names_is_answered_for_by_number_and_wrong_names_are_r
 def test_a_network_with_other_things_of_these_names_is_taken_as_any(tmp_path):
     net = Reddish()
     net.register_buffer("mean", torch.ones(3))
-    net.std = net.size = lambda: 7  # type: ignore[assignment]
+    net.std, net.size = (1, 1, 1), lambda: 7  # type: ignore[assignment]
     assert classify([picture(tmp_path / "a.png")], net)[0].picture.shape == (32, 32, 3)
+    assert predict.normalisation(net) == (MEAN, STD)
 
 
 def test_the_command_names_the_classes_of_its_network(tmp_path, monkeypatch, capsys):
