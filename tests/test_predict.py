@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torch import nn
+from transforms import MEAN, STD
 
 import predict
 from dataset import CIFAR10, CLASS_COLOURS, CLASSES
 from machinery import pictures
 from model import Net
 from predict import PictureError, classify, load_picture, plot_answers
-from transforms import MEAN, STD
 
 
 class Reddish(nn.Module):
