@@ -283,7 +283,7 @@ def _curves(history: dict[str, list]) -> "Figure":
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     rank = os.environ["RANK"] if processes.launch_id() else "0"
-    first = rank == "0" or os.environ["LOCAL_RANK"] == "0"  # of torchrun's processes, on each machine one speaks
+    first = rank == "0" or os.environ.get("LOCAL_RANK") == "0"  # of torchrun's processes, on each machine one speaks
     try:
         fit(parse_args(arguments))
     except StoppedError as stopped:

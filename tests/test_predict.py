@@ -14,10 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torch import nn
-from transforms import MEAN, STD
 
 import predict
-from dataset import CIFAR10, CLASS_COLOURS, CLASSES
+from dataset import CIFAR10, CLASS_COLOURS, CLASSES, MEAN, STD
 from machinery import pictures
 from model import Net
 from predict import PictureError, classify, load_picture, plot_answers
