@@ -156,23 +156,19 @@ class Machine:
 
 
 class Laboratory:
-    """Two machines, the wire between them, and a folder that both have as theirs."""
+    """Two machines, the wire between them, and a folder that both have; for a script that `inside` runs."""
 
-    def __init__(self, folder: Path) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)  # where `ip netns` keeps names
-        self.folder, self.dice = folder / "shared", random.Random(0)
-        self.folder.mkdir()
-        self.tiny = TinyCIFAR10(self.made(folder / "data"))
+    def __init__(self) -> None:
+        # Where `ip netns` keeps names, and where all files are, so that they vanish as well.
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+        self.folder, self.dice = self.made(Path("/run/laboratory/shared")), random.Random(0)
+        self.tiny = TinyCIFAR10(self.made(self.folder.parent / "data"))
         self.machines = [Machine(number, self.folder) for number in range(2)]
         self.wire = Wire("wire0", "wire1")
         self.wire.start()
         self.number = 0
         os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "STEP": "0.25"}
-        os.environ |= {
-            "CIFAR10_ROOT": str(self.tiny.root),
-            "CIFAR10_URL": "http://127.0.0.1:9/",
-            "PYTHONUNBUFFERED": "1",
-        }
+        os.environ |= {"CIFAR10_ROOT": str(self.tiny.root), "PYTHONUNBUFFERED": "1"}
 
     @staticmethod
     def made(path: Path) -> Path:

@@ -7,7 +7,6 @@ saves it in benchmarks/machines.json.
 import argparse
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -229,7 +228,7 @@ def from_two_to_one_and_back(lab: Laboratory) -> bool:
     ended = lab.ends() == [0, 0]
     counts = [line.count("2 processes") for line in first.output.read_text().splitlines() if "parameters, on" in line]
     distance = apart(end_of(lab.run)["history"], lab.peace["history"])
-    return ended and counts == [1, 0, 1] and distance["loss"] < 1e-3 and distance["accuracy"] <= 1
+    return ended and counts == [1, 0, 1] and distance["loss"] < 1e-3 and distance["accuracy"] <= 3
 
 
 TRIALS: tuple[tuple[str, int, Callable[[Laboratory], bool], str], ...] = (
@@ -265,33 +264,34 @@ TRIALS: tuple[tuple[str, int, Callable[[Laboratory], bool], str], ...] = (
 
 def experiment(only: list[str], once: bool) -> int:
     """Returns the exit status: 0 if all ended as promised."""
-    with tempfile.TemporaryDirectory() as folder:
-        lab = Laboratory(Path(folder))
-        lab.measure_peace()
-        distance = apart(lab.peace["history"], lab.alone["history"])
-        print(f"in peace, two machines and one process: {distance}", flush=True)
-        rows, runs = [], []
-        for harm, times, trial, promise in TRIALS:
-            if only and not any(word in trial.__name__ for word in only):
-                continue
-            kept = []
-            for _ in range(1 if once else times):
-                lab.begin()
-                started = time.monotonic()
-                try:
-                    kept.append(trial(lab))
-                    fault = "" if kept[-1] else "another end"
-                except (TimeoutError, ChildProcessError, CheckpointError, OSError) as error:
-                    kept.append(False)
-                    fault = f"{type(error).__name__}: {error}"
-                seconds = round(time.monotonic() - started, 1)
-                runs.append({"harm": harm, "as promised": kept[-1], "seconds": seconds, "fault": fault})
-                print(f"{'as promised' if kept[-1] else 'NOT as promised'}, {seconds} s: {harm}", fault, flush=True)
-                if not kept[-1]:
-                    for machine in lab.machines:
-                        print(f"{machine.name}:\n{machine.output.read_text()[-6000:]}", flush=True)
-            rows.append((harm, len(kept), sum(kept), promise))
-        lab.begin()
+    lab = Laboratory()
+    lab.measure_peace()
+    distance = apart(lab.peace["history"], lab.alone["history"])
+    if distance["loss"] > 1e-3:
+        raise RuntimeError(f"two machines do not learn what one process learns: {distance}")
+    print(f"in peace, two machines and one process: {distance}", flush=True)
+    rows, runs = [], []
+    for harm, times, trial, promise in TRIALS:
+        if only and not any(word in trial.__name__ for word in only):
+            continue
+        kept = []
+        for _ in range(1 if once else times):
+            lab.begin()
+            started = time.monotonic()
+            try:
+                kept.append(trial(lab))
+                fault = "" if kept[-1] else "another end"
+            except (TimeoutError, ChildProcessError, CheckpointError, OSError) as error:
+                kept.append(False)
+                fault = f"{type(error).__name__}: {error}"
+            seconds = round(time.monotonic() - started, 1)
+            runs.append({"harm": harm, "as promised": kept[-1], "seconds": seconds, "fault": fault})
+            print(f"{'as promised' if kept[-1] else 'NOT as promised'}, {seconds} s: {harm}", fault, flush=True)
+            if not kept[-1]:
+                for machine in lab.machines:
+                    print(f"{machine.name}:\n{machine.output.read_text()[-6000:]}", flush=True)
+        rows.append((harm, len(kept), sum(kept), promise))
+    lab.begin()
     failed = sum(not run["as promised"] for run in runs)
     if only or once:
         return int(failed > 0)
