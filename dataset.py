@@ -222,6 +222,8 @@ def _workers(config: Config, gpu: bool) -> int:
 
 def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -> tuple[Any, Any]:
     """What to train on and what to test on, as the settings say, or what the user brought."""
+    if test_set is not None and train_set is None:
+        raise SettingError("a test_set of your own needs a train_set beside it")
     if train_set is None and config.data not in ("cifar10", "synthetic"):
         return _folder_sets(config)
     source: dict[str, Any] = {"data": config.data, "root": config.data_dir, "seed": config.seed}
@@ -257,6 +259,8 @@ def _folder_sets(config: Config) -> tuple[Images, Images]:
 
     images, labels, test_images, test_labels, classes = load_image_folder(config.data, config.size, warn=tell)
     is_held_out = not len(test_labels)
+    if config.holdout and not is_held_out:
+        tell(f"{config.data} says on which pictures to test, so none are held out")
     if is_held_out:
         share = config.holdout / len(labels) if config.holdout else HELD_OUT_SHARE
         aside = draw_aside(labels, classes, min(share, 0.99), config.seed)

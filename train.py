@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from dataset import make_loaders
+from dataset import CLASSES, make_loaders
 from machinery import processes
 from machinery.errors import (
     CheckpointError,
@@ -74,8 +74,9 @@ def train_one_epoch(
         progress: Whether to show a bar; by default on a terminal and in a notebook.
         meter: Counts here, from where it stands: an epoch that was interrupted goes on, if the loader does so, too.
         after_step: Called after every step, when all is in a state to be saved.
-        step: What is done with a batch, from `training_step`; by default made anew. For several epochs, make it once:
-            on a CUDA device it is captured as a graph.
+        step: What is done with a batch, from `training_step`, with the optimizer and the label smoothing that it was
+            made with; by default made anew. For several epochs, make it once: on a CUDA device it is captured as a
+            graph.
 
     Returns:
         Mean loss (negative log-likelihood in nats, without smoothing, as `evaluate` gives it) and accuracy in percent,
@@ -118,7 +119,7 @@ def training_step(
     """What is done with a batch: forward, backward, and a step of the optimizer.
 
     Takes images and labels, and returns the sums of `_sums` over all processes, and the loss of each image, (B,). In
-    fp16, the scaler leaves out steps whose gradients overflow, and such a loss counts as 0; if that does not end, a
+    fp16, the scaler leaves out steps whose gradients overflow, and such a loss counts as 0; if every step overflows, a
     NonFiniteLossError is raised.
     """
     scaler = scaler or runtime.scaler()
@@ -219,8 +220,8 @@ def fit(
             `config.weights`, which says the same for a `Net`.
         train_set: Any Dataset of (float tensor (3, H, W), label), in the place of CIFAR-10. A `Net` made here has an
             output for each of its `classes`.
-        test_set: Likewise; without it, `config.holdout` says how many of the training images are kept aside, and
-            with it, only that these are such.
+        test_set: Likewise, together with a train_set; without it, `config.holdout` says how many of the training
+            images are kept aside.
         optimizer: Of your own, over the model's parameters. The learning rate then stays what it is, but for a
             scheduler; `config.lr` is not used.
         scheduler: Of your own, of that optimizer; stepped after every batch.
@@ -268,10 +269,13 @@ def fit(
     return run.history
 
 
-def _network(weights: str | None, classes: int) -> Net:
+def _network(weights: str | None, classes: int, names: tuple[str, ...] | None = None) -> Net:
     if not weights:
         return Net(classes)
-    return Net.from_pretrained(None if weights == "pretrained" else weights, num_classes=classes)
+    net = Net.from_pretrained(None if weights == "pretrained" else weights, num_classes=classes)
+    if names and names != (net.classes or CLASSES):  # as many as those of the weights, or fewer, but others
+        net.fc = Net(classes).fc
+    return net
 
 
 def _curves(history: dict[str, list]) -> "Figure":

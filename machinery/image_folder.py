@@ -23,7 +23,7 @@ from machinery.words import printable
 READ_AT_ONCE = 64  # files, so that an interruption waits for no more
 MAX_THREADS = 8  # each may hold a large picture some times over
 LOST = 0.1  # the share of a class's files that may be left out
-HELD_OUT = 5  # stands behind the seed, as in dataset.py
+HELD_OUT = 6  # stands behind the seed, as those in sampling.py
 LAYOUTS = (
     "expected a folder with a sub-folder of pictures for each of two or more classes, "
     "or with train/ and test/ (or val/) that hold such sub-folders"

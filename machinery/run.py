@@ -39,7 +39,7 @@ def running(
     optimizer: Optimizer | None,
     scheduler: LRScheduler | None,
     *,
-    network: Callable[[str | None, int], nn.Module],
+    network: Callable[[str | None, int, tuple[str, ...] | None], nn.Module],
     loaders: Callable[[Config, torch.device], tuple[DataLoader, DataLoader]],
     draw: Callable[[dict[str, list]], "Figure"],
 ) -> Iterator["Run"]:
@@ -51,7 +51,7 @@ def running(
         optimizer: Of its parameters; if None, that of the recipe.
         scheduler: Of the optimizer; if None, that of the recipe with its optimizer, and none with another.
         network: Makes one that begins with the weights in this file, or, given None, with fresh ones, for so many
-            classes.
+            classes, of these names if they are the user's own.
         loaders: Makes the loader of the training images and that of the images to test on.
         draw: The picture of a history.
     """
@@ -64,14 +64,17 @@ def running(
     with processes.process_group(runtime.device.type, meet), Folder(config) as folder:
         config, state = folder.config, folder.read()
         if model is None and config.weights and not state:
-            processes.broadcast_from_rank_0(lambda: bool(network(config.weights, 10)))  # refused before a long download
+            processes.broadcast_from_rank_0(
+                lambda: bool(network(config.weights, 10, None))
+            )  # refused before a long download
         train_loader, test_loader = loaders(config, runtime.device)
         machines.refuse_other_data(train_loader.dataset, test_loader.dataset)
         names = told_by(train_loader.dataset, "classes")
         torch.manual_seed(config.seed)
         if model is None:
             weights, count = None if state else config.weights, len(names or range(10))
-            model = processes.broadcast_from_rank_0(lambda: network(weights, count))
+            own = names if told_by(train_loader.dataset, "source") == "your own" else None
+            model = processes.broadcast_from_rank_0(lambda: network(weights, count, own))
             if optimizer:
                 raise SettingError("an optimizer of your own needs the model whose parameters it has")
         elif config.weights and not state:
@@ -107,10 +110,6 @@ class Run:
     Saved together: last.pt (weights, optimizer, schedule, place in the epoch, losses where `skip` needs them, history,
     settings, random states), and after every epoch metrics.json (history, settings, versions, hardware, times, and the
     same of the runs before if it began with weights of theirs), curves.png and model.pt.
-
-    Raises:
-        SettingError: The folder holds a run already, cannot be written, or has other settings than `config`.
-        CheckpointError: What is to be resumed is missing, damaged, or of another network.
     """
 
     request: files.StopRequest
@@ -142,7 +141,10 @@ class Run:
         self.by_recipe = optimizer is None
         lengths = [math.ceil(self.sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs)]
         self.optimizer, self.scheduler = optimizer_and_scheduler(model, optimizer, scheduler, config.lr, lengths)
-        self.result |= {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
+        self.result |= {
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.scheduler).__name__ if self.scheduler else "None",
+        }
         self._rates_to_device()
         self.scaler = runtime.scaler()
         self.meter = self._empty_meter()
@@ -326,8 +328,8 @@ class Run:
             for what, kind in kinds.items():
                 if result.get(what, kind) != self.result[what]:
                     raise SettingError(
-                        f"resume: the run was begun with the {what} {result.get(what, kind)}, got {self.result[what]}; "
-                        "give the same, or begin a new run"
+                        f"resume: the run was begun with the {what} {result.get(what, kind)}, got "
+                        f"{self.result[what]}; give the same, or begin a new run"
                     )
             self.bare.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

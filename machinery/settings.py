@@ -11,8 +11,8 @@ from machinery import files
 from machinery.errors import CheckpointError, SettingError
 from machinery.sampling import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, MAX_SKIP, PADDING
 
-# Settings that do not change what a run computes, so that a resumed run may have others.
 SETS = ("cifar10", "synthetic")  # that have a name of their own
+# Settings that do not change what a run computes, so that a resumed run may have others.
 FREE = ("name", "data_dir", "workers", "resume", "overwrite", "save_minutes")
 
 

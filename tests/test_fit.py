@@ -294,3 +294,18 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_only_many_end_the_run():
     assert history["test_loss"][-1] < 2.4
     with pytest.raises(NonFiniteLossError, match="in every step"):
         fit(plain(name="all", epochs=10, precision="fp16"), Overflowing(range(1, 1000)))
+
+
+def test_ten_classes_of_ones_own_get_a_fresh_classifier():
+    images, labels = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8), torch.arange(40) % 10
+    given = {"train_set": Images(images, labels, [f"kind {k}" for k in range(10)]), "progress": False}
+    fit(plain(epochs=1, batch_size=20, holdout=10, lr=0, weights="pretrained"), **given)
+    trained, shipped = Net.from_pretrained("runs/plain"), Net.from_pretrained()
+    assert torch.equal(trained.c1[0].conv.weight, shipped.c1[0].conv.weight)
+    assert not torch.equal(trained.fc.weight, shipped.fc.weight)
+    assert trained.classes == tuple(f"kind {k}" for k in range(10))
+
+
+def test_a_test_set_alone_is_refused():
+    with pytest.raises(SettingError, match="a test_set of your own needs a train_set"):
+        fit(plain(), test_set=images_of(30, 3))
