@@ -229,7 +229,11 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
     for layer in layers:
         layer.forward = types.MethodType(_whole_batch_norm, layer)  # type: ignore[method-assign]
     try:
-        yield DistributedDataParallel(model, forward_sync_buffers=False)
+        network = DistributedDataParallel(model)  # gives all ranks the first one's buffers
+        network.broadcast_buffers = (
+            False  # not before each step, too; as an argument, its name is of some versions only
+        )
+        yield network
     finally:
         for layer in layers:
             del layer.forward

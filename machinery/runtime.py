@@ -5,8 +5,9 @@ import ctypes
 import dataclasses
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,13 @@ def _fastest_precision(device: str) -> str:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
         return "fp16" if torch.cuda.get_device_capability() >= (7, 0) else "fp32"
-    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    capabilities = _capabilities() if device == "cpu" else {}
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What the processor has, such as {"amx_bf16": True}; empty where PyTorch, as 2.6, cannot tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def runtime_of(model: nn.Module) -> Runtime:
@@ -167,7 +173,7 @@ def keep_freed_memory() -> None:
 
 def describe_hardware() -> str:
     """The processor, its fastest instructions for bf16, its cores in use, and the GPU, as far as there are such."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = _capabilities()
     parts = [capabilities.get("cpu_name") or platform.processor() or platform.machine()]
     parts += [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)][:1]
     parts += [f"{torch.get_num_threads()} threads"]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from machinery import runtime
-from machinery.runtime import Captured, runtime_of, training_mode
+from machinery.runtime import Captured, describe_hardware, runtime_of, training_mode
 from model import Net
 from train import choose_runtime
 
@@ -20,6 +20,18 @@ def test_a_gpu_gets_the_fastest_precision_that_it_has(monkeypatch, card, native,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert str(choose_runtime()) == f"cuda, {precision}, channels_last"
     assert choose_runtime(precision="fp16").precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32"), (None, "fp32")],
+)
+def test_a_cpu_gets_bf16_if_it_has_it_and_fp32_if_an_older_pytorch_cannot_tell(monkeypatch, capabilities, precision):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if capabilities is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_runtime("cpu").precision == precision
+    assert f"{torch.get_num_threads()} threads" in describe_hardware()
 
 
 class FakeGraph:
