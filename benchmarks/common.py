@@ -15,6 +15,7 @@ sys.path.insert(0, str(FOLDER.parent))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from machinery.runtime import keep_freed_memory  # noqa: E402
 from train import (  # noqa: E402
@@ -73,6 +74,13 @@ def random_batch(batch_size: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(10, (batch_size,))
 
 
+def multiply_adds(model: nn.Module) -> int:
+    """For one image of 32x32 pixels, in convolutions and linear layers."""
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, 3, 32, 32))
+    return counter.get_total_flops() // 2
+
+
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Callable[[], Any]:
     """An epoch of one step, on random images, with the arithmetic that is best here."""
     keep_freed_memory()
@@ -93,25 +101,42 @@ def taken_up(config: Config) -> Config:
 def report(
     name: str, columns: tuple[str, ...], rows: list[tuple], runs: Sequence[Mapping[str, Any]] = (), **notes: Any
 ) -> None:
-    """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json.
+    """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json."""
+    result = result_of(columns, rows, runs, **notes)
+    show(columns, result["rows"], **notes)
+    save(result, FOLDER / f"{name}.json")
+
+
+def result_of(
+    columns: tuple[str, ...], rows: list[tuple], runs: Sequence[Mapping[str, Any]] = (), **notes: Any
+) -> dict[str, Any]:
+    """What `report` saves.
 
     Fractions in the table are rounded to three digits; what each of the `runs` behind it gave is saved as it is.
     """
     rows = [tuple(float(f"{v:.3g}") if isinstance(v, float) else v for v in row) for row in rows]
-    texts = [columns, *[tuple(map(as_text, row)) for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for text in texts:
-        print("  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
-    for note, value in notes.items():
-        print(f"{note.replace('_', ' ')}: {as_text(value)}")
-    saved = {
+    return {
         "hardware": describe_hardware(),
         "torch": torch.__version__,
         **notes,
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
         **({"runs": runs} if runs else {}),
     }
-    (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+
+
+def show(columns: tuple[str, ...], rows: list[dict[str, Any]], **notes: Any) -> None:
+    """Prints a table, and notes below it."""
+    texts = [columns, *[tuple(map(as_text, row.values())) for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for text in texts:
+        print("  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
+    for note, value in notes.items():
+        print(f"{note.replace('_', ' ')}: {as_text(value)}")
+
+
+def save(result: Mapping[str, Any], path: Path) -> None:
+    """Writes a result as JSON."""
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def as_mean(values: Sequence[float], digits: int = 2) -> str:

@@ -16,13 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
-import torch
 from baselines import airbench94_muon_network, original_network
-from common import FOLDER, as_mean, as_text
+from common import FOLDER, as_mean, as_text, multiply_adds
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from machinery.settings import FREE
 from model import Net
@@ -123,13 +120,6 @@ def markdown(*rows: tuple[str, ...]) -> str:
 
 def minutes(seconds: float) -> str:
     return f"{seconds / 60:,.0f}"
-
-
-def multiply_adds(model: nn.Module) -> int:
-    """For one image of 32x32 pixels, in convolutions and linear layers."""
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, 3, 32, 32))
-    return counter.get_total_flops() // 2
 
 
 def summary() -> str:
@@ -253,8 +243,8 @@ def corruptions() -> str:
 
 
 def benchmark_table(name: str) -> str:
-    """The table that a benchmark saved, and where it ran."""
-    result = saved(f"benchmarks/{name}")
+    """The table that a benchmark saved, and where it ran; gpu_NAME is that part of benchmarks/gpu.json."""
+    result = saved("benchmarks/gpu")[name[4:]] if name.startswith("gpu_") else saved(f"benchmarks/{name}")
     rows = result.pop("rows")
     result.pop("runs", None)
     shown = markdown(tuple(rows[0]), *[tuple(map(as_text, row.values())) for row in rows])

@@ -22,6 +22,7 @@ from train import Config, choose_runtime, recipe_optimizer
 
 ROUNDS = 15
 BATCH_SIZE = Config().batch_size
+COLUMNS = "layers", "ms", "± ms", "of the step", "GFLOP/s", "of the limit"
 
 
 def operations(layer: nn.Module, output: Tensor) -> int:
@@ -61,6 +62,40 @@ def layers_alone(model: nn.Module) -> dict[str, tuple[Callable[[], None], int]]:
     return seen
 
 
+def table(
+    model: nn.Module,
+    alone: dict[str, list[float]],
+    counts: dict[str, int],
+    whole: dict[str, list[float]],
+    limit: float,
+) -> list[tuple]:
+    """A line for each of `COLUMNS`: convolutions and linear layers one by one, other layers by kind, then `whole`.
+
+    Args:
+        model: Whose layers.
+        alone: Seconds of each layer, by its name, in each round.
+        counts: Operations of each layer, by its name.
+        whole: Seconds of what is no layer, in each round; the last is the whole step.
+        limit: Operations a second of one large convolution.
+    """
+    parts: dict[str, list[float]] = {}
+    operations_of: dict[str, int] = {}
+    for name, times in alone.items():
+        layer = model.get_submodule(name)
+        part = f"{name} {tuple(layer.get_parameter('weight').shape)}" if counts[name] else type(layer).__name__
+        parts[part] = [a + b for a, b in zip(parts.get(part, [0.0] * len(times)), times, strict=True)]
+        operations_of[part] = operations_of.get(part, 0) + counts[name]
+    step = list(whole)[-1]
+    operations_of[step] = sum(counts.values())
+    total, rows = statistics.median(whole[step]), []
+    for part, times in (parts | whole).items():
+        (median, spread), count = median_and_half_iqr(times), operations_of.get(part, 0)
+        rate = f"{count / median / 1e9:.0f}" if count else ""
+        of_limit = f"{100 * count / median / limit:.0f} %" if count else ""
+        rows.append((part, 1000 * median, 1000 * spread, f"{100 * median / total:.1f} %", rate, of_limit))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save-as", metavar="NAME", default="step", help="of the JSON file (default: step)")
@@ -76,30 +111,15 @@ def main() -> None:
     limit = limit_operations / statistics.median(seconds["limit"])
     layers = layers_alone(model)
     alone = alternate({name: run for name, (run, _) in layers.items()}, ROUNDS)
-
-    parts: dict[str, list[float]] = {}  # seconds in each round; convolutions one by one, the rest by kind
-    counts: dict[str, int] = {}  # operations
-    for name, times in alone.items():
-        layer = model.get_submodule(name)
-        part = f"{name} {tuple(layer.get_parameter('weight').shape)}" if layers[name][1] else type(layer).__name__
-        parts[part] = [a + b for a, b in zip(parts.get(part, [0.0] * ROUNDS), times, strict=True)]
-        counts[part] = counts.get(part, 0) + layers[name][1]
-    parts |= {"optimizer": seconds["optimizer"], "the whole step": seconds["step"]}
-    counts["the whole step"] = sum(counts.values())
-    total = statistics.median(seconds["step"])
-    rows = []
-    for part, times in parts.items():
-        (median, spread), count = median_and_half_iqr(times), counts.get(part, 0)
-        rate = f"{count / median / 1e9:.0f}" if count else ""
-        of_limit = f"{100 * count / median / limit:.0f} %" if count else ""
-        rows.append((part, 1000 * median, 1000 * spread, f"{100 * median / total:.1f} %", rate, of_limit))
+    counts = {name: count for name, (_, count) in layers.items()}
+    rows = table(model, alone, counts, {"optimizer": seconds["optimizer"], "the whole step": seconds["step"]}, limit)
     report(
         options.save_as,
-        ("layers", "ms", "± ms", "of the step", "GFLOP/s", "of the limit"),
+        COLUMNS,
         rows,
         batch_size=BATCH_SIZE,
         gflops_of_one_large_convolution=round(limit / 1e9),
-        images_per_second=round(BATCH_SIZE / total),
+        images_per_second=round(BATCH_SIZE / statistics.median(seconds["step"])),
         images_per_second_of_airbench94_muon=round(BATCH_SIZE / statistics.median(seconds["peer"])),
     )
 

@@ -71,7 +71,8 @@ class Meter:
             NonFiniteLossError: The loss is infinite or NaN.
             ValueError: There was no image.
         """
-        loss_sum, correct = self.sums.tolist()
+        loss_sum, correct = self.sums.tolist()  # waits for a GPU, whose steps are only begun when they are added
+        self.seconds = time.perf_counter() - self.began
         if not self.images:
             raise ValueError(f"{title}: the loader gives no images")
         if not math.isfinite(loss_sum):
