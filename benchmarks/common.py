@@ -103,7 +103,7 @@ def report(
 ) -> None:
     """Prints rows as a table and saves them, with the machine and the version of torch, in benchmarks/`name`.json."""
     result = result_of(columns, rows, runs, **notes)
-    show(columns, result["rows"], **notes)
+    show(result)
     save(result, FOLDER / f"{name}.json")
 
 
@@ -124,19 +124,23 @@ def result_of(
     }
 
 
-def show(columns: tuple[str, ...], rows: list[dict[str, Any]], **notes: Any) -> None:
-    """Prints a table, and notes below it."""
-    texts = [columns, *[tuple(map(as_text, row.values())) for row in rows]]
+def show(result: Mapping[str, Any]) -> None:
+    """Prints the table of a result, and its notes below."""
+    rows = result["rows"]
+    texts = [tuple(rows[0]), *[tuple(map(as_text, row.values())) for row in rows]]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for text in texts:
         print("  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
-    for note, value in notes.items():
-        print(f"{note.replace('_', ' ')}: {as_text(value)}")
+    for note, value in result.items():
+        if note not in ("hardware", "torch", "rows", "runs"):
+            print(f"{note.replace('_', ' ')}: {as_text(value)}")
 
 
 def save(result: Mapping[str, Any], path: Path) -> None:
-    """Writes a result as JSON."""
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    """Writes a result as JSON, whole or not at all."""
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    beside.replace(path)
 
 
 def as_mean(values: Sequence[float], digits: int = 2) -> str:
