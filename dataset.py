@@ -91,7 +91,7 @@ def train_transform(
     """The random part of the default transform; Albumentations, called with `images` and `draws`.
 
     Args:
-        augment: At least one of "crop", "flip", "affine", "trivial" and "cutout"; they are applied in this order.
+        augment: At least one of "crop", "flip", "affine", "trivial", "cutout" and "corrupt", applied in this order.
         padding: By how many pixels "crop" moves an image at most, 0 to 31.
         mean: Of each channel, 0-1; the colour with which "cutout" covers.
 

@@ -168,6 +168,26 @@ class Cutout(BatchTransform):
         return images
 
 
+class Corrupt(OneByOne):
+    """A third of the time, noise, blur or JPEG compression at a strength of its own, as photographs have them.
+
+    For weights that are to be used on pictures of other origin (Hendrycks & Dietterich, 2019, measure what these cost).
+    """
+
+    name = "corrupt"
+
+    def __init__(self, p: float = 1) -> None:
+        super().__init__(p)
+        self.transform = A.OneOf(
+            [
+                A.GaussNoise(std_range=(0, 0.1), p=1),
+                A.GaussianBlur(sigma_limit=(0.2, 1.4), blur_limit=0, p=1),
+                A.ImageCompression(quality_range=(30, 95), p=1),
+            ],
+            p=1 / 3,
+        )
+
+
 def random_part(augment: Sequence[str], padding: int, colour: tuple[int, ...]) -> A.Compose:
     """These augmentations, in the order of `AUGMENTATIONS`, called with `images` and `draws`: see `BatchTransform`.
 
@@ -190,7 +210,7 @@ def random_part(augment: Sequence[str], padding: int, colour: tuple[int, ...]) -
 
 @functools.lru_cache
 def _random_part(augment: tuple[str, ...], padding: int, colour: tuple[int, ...]) -> A.Compose:
-    transforms = (Crop(padding), Flip(), Affine(), Trivial(), Cutout(colour))
+    transforms = (Crop(padding), Flip(), Affine(), Trivial(), Cutout(colour), Corrupt())
     return A.Compose([transform for transform in transforms if transform.name in augment], strict=True)
 
 

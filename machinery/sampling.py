@@ -19,7 +19,8 @@ PADDING = 4  # pixels on each side before the crop, by default
 MAX_PADDING = 31  # a side of 32 has no more to reflect
 HOLE = 8  # pixels, the side of the square that cutout covers
 
-NUMBERS = {"crop": 2, "flip": 1, "affine": 1, "trivial": 1, "cutout": 2}  # that an image needs for each augmentation
+# That an image needs for each augmentation.
+NUMBERS = {"crop": 2, "flip": 1, "affine": 1, "trivial": 1, "cutout": 2, "corrupt": 1}
 AUGMENTATIONS = tuple(NUMBERS)  # in the order in which they are applied
 DRAWN_FOR = tuple(name for name, count in NUMBERS.items() for _ in range(count))
 DEFAULT_AUGMENT = ("crop", "flip", "cutout")
@@ -31,7 +32,9 @@ def draws_of(seed: int, epoch: int, size: int) -> np.ndarray:
 
     float64 (size, columns of `DRAWN_FOR`). Those of the flips alternate.
     """
-    draws = np.random.default_rng((seed, AUGMENTATION, epoch)).random((size, len(DRAWN_FOR)))
+    generator = np.random.default_rng((seed, AUGMENTATION, epoch))
+    # "corrupt" draws after all the others, so these draw what they drew before there was such an augmentation.
+    draws = np.hstack([generator.random((size, columns)) for columns in (len(DRAWN_FOR) - 1, 1)])
     sides = np.random.default_rng((seed, FLIPS)).integers(2, size=size)
     draws[:, DRAWN_FOR.index("flip")] = (epoch + sides) % 2 / 2
     return draws

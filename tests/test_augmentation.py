@@ -35,7 +35,7 @@ def test_each_augmentation_does_what_it_says():
         assert changed.sum() >= 60  # of 64; a pixel may have had the mean colour
         assert np.abs(holed[changed].astype(float) - 255 * np.array(MEAN)).max() <= 1
     assert 5 < sum((d == picture).all() for d in drawn["affine"]) < 55
-    for name in ("crop", "affine", "trivial", "cutout"):
+    for name in ("crop", "affine", "trivial", "cutout", "corrupt"):
         assert len({d.tobytes() for d in drawn[name]}) > 20, f"{name} repeats itself"
 
 
@@ -100,8 +100,17 @@ def test_a_transform_refuses_single_images_and_too_few_draws():
     picture = np.zeros((32, 32, 3), np.uint8)
     with pytest.raises(ValueError, match=r"expected images=.*got.*image \(32, 32, 3\)"):
         transform(image=picture, draws=np.zeros((1, len(DRAWN_FOR))))
-    with pytest.raises(ValueError, match=r"got images \(2, 32, 32, 3\), draws \(1, 7\)"):
+    with pytest.raises(ValueError, match=r"got images \(2, 32, 32, 3\), draws \(1, 8\)"):
         transform(images=np.stack([picture, picture]), draws=np.zeros((1, len(DRAWN_FOR))))
+
+
+def test_corruptions_reach_a_third_of_the_images_and_stay_small():
+    pictures = denormalize(torch.stack([CIFAR10()[i % TRAIN_COUNT][0] for i in range(300)]))
+    draws = np.random.default_rng(0).random((300, len(DRAWN_FOR)))
+    spoilt = train_transform(["corrupt"])(images=pictures, draws=draws)["images"]
+    difference = np.abs(spoilt.astype(float) - pictures).mean((1, 2, 3))
+    assert 0.23 < (difference > 0).mean() < 0.43
+    assert difference.max() < 40
 
 
 def test_transforms_survive_albumentations_own_serialisation():
@@ -137,7 +146,7 @@ def test_transforms_refuse_data_that_albumentations_would_pass_by():
 
 @pytest.mark.parametrize("augment", [["blur"], "crop"])
 def test_unknown_augmentations_are_refused(augment):
-    with pytest.raises(ValueError, match="crop, flip, affine, trivial, cutout"):
+    with pytest.raises(ValueError, match="crop, flip, affine, trivial, cutout, corrupt"):
         CIFAR10(augment=augment)
 
 

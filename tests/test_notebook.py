@@ -65,7 +65,7 @@ def test_the_numbers_in_the_text_are_those_of_the_network(notebook):
         f"From {channels} to {channels} channels that takes {separable:,} weights instead of the {dense:,} ",
         f"{dense / separable:.1f} times fewer",
         f"each of the {net.fc.in_features} maps",
-        f"needs {weights('fc'):,} weights; on all places it would need {16 * weights('fc'):,}",
+        f"needs {weights('fc'):,} weights; on all positions it would need {16 * weights('fc'):,}",
         f"so it is {after['c1']} after C1; from there it grows to {after['c2']}, {after['c3']} and {after['c4']}",
     ):
         assert claim in text
