@@ -107,6 +107,11 @@ class Net(nn.Module):
         x = self.c4(self.c3(self.c2(self.c1(x))))  # (N, 186, ceil((H - 1) / 8), ceil((W - 1) / 8))
         return self.fc(self.gap(x).flatten(1)).float()
 
+    @torch.no_grad()
+    def divide_logits(self, temperature: float) -> None:
+        """Divides all logits by this number from now on; the predicted classes stay. See `train.temperature_of`."""
+        self.fc.weight /= temperature
+
     @classmethod
     def from_pretrained(cls, file: str | Path | None = None, *, num_classes: int | None = None) -> "Net":
         """A trained network, in eval mode, on the CPU.

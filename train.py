@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from dataset import CLASSES, make_loaders
 from machinery import processes
+from machinery.calibration import temperature_of
 from machinery.errors import (
     CheckpointError,
     DataError,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "resumed", "train_one_epoch", "training_step"]
-__all__ += ["choose_runtime", "describe_hardware", "recipe_optimizer"]
+__all__ += ["choose_runtime", "describe_hardware", "recipe_optimizer", "temperature_of"]
 __all__ += ["CheckpointError", "DataError", "MachineError", "NonFiniteLossError", "SettingError", "StoppedError"]
 __all__ += ["UnsavedError", "WeightsError"]
 
@@ -213,6 +214,9 @@ def fit(
 ) -> dict[str, list]:
     """Trains `model`, a new `Net` by default, in place, and saves what comes of it in runs/<name>/.
 
+    If it is a `Net` and was tested on held-out images, its logits are divided by `temperature_of` these in the end, so
+    that its probabilities are right as often as they say.
+
     Args:
         config: All settings.
         model: Any network from (N, 3, H, W) to (N, classes). Its weights are where training starts; pass `Net()` made
@@ -266,6 +270,7 @@ def fit(
             )
             test = evaluate(run.model, run.test_loader, runtime=run.runtime)
             run.finish_epoch(train, test, on_epoch)
+        run.calibrate(lambda: predict(run.model, run.test_loader, runtime=run.runtime))
     return run.history
 
 

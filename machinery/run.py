@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import Store
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from machinery import files, machines, processes
+from machinery.calibration import temperature_of
 from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError
 from machinery.folder import NOTED, Folder, facts_of, new_record
 from machinery.loading import end_workers
@@ -56,10 +57,7 @@ def running(
         draw: The picture of a history.
     """
     runtime = choose_runtime(config.device, config.precision, config.layout)
-
-    def meet(store: Store) -> None:
-        machines.meet(store, facts_of(config, runtime))
-
+    meet = functools.partial(machines.meet, facts=facts_of(config, runtime))
     machines.refuse_unknown_leader()
     with processes.process_group(runtime.device.type, meet), Folder(config) as folder:
         config, state = folder.config, folder.read()
@@ -282,6 +280,21 @@ class Run:
         self.folder.write("metrics.json", (json.dumps(self.result, indent=1) + "\n").encode())
         self.folder.write("curves.png", picture.getvalue())
         self.folder.write("model.pt", weights.getvalue())
+
+    def calibrate(self, predict: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Calibrates a network that can be, in place, and its model.pt, if it was tested on held-out images.
+
+        Args:
+            predict: Returns log-probabilities (N, classes) and labels (N,) of these images, or of this process's share.
+        """
+        if self.tested_on != "held-out" or not hasattr(self.bare, "divide_logits"):
+            return
+        log_probs, labels = map(torch.cat, zip(*processes.gather(predict()), strict=True))
+        temperature = temperature_of(log_probs, labels)
+        self.bare.divide_logits(temperature)
+        self.result["temperature"] = temperature
+        self.say(f"calibrated on {len(labels):,} held-out images: logits are divided by {temperature:.3f}")
+        self.write_results()
 
     def check(self) -> None:
         """Raises UnsavedError if a file is not as it should be at the end."""

@@ -1,0 +1,77 @@
+"""Probabilities, made right as often as they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import plain, plain_network
+from torch.nn import functional as F
+
+from dataset import Images
+from model import Net
+from train import evaluate, fit, make_loaders, resumed, temperature_of
+
+pytestmark = pytest.mark.usefixtures("quick_curves")
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1, 3])
+def test_the_temperature_is_found_by_which_logits_were_multiplied(temperature):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(20_000, 10)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    assert temperature_of((temperature * logits).log_softmax(1), labels) == pytest.approx(temperature, rel=0.03)
+
+
+def test_no_other_temperature_makes_the_labels_more_likely():
+    torch.manual_seed(0)
+    log_probs, labels = torch.randn(2000, 10).log_softmax(1), torch.randint(10, (2000,))
+    log_probs[torch.arange(2000), labels] += 2
+    best = temperature_of(log_probs, labels)
+    losses = [F.cross_entropy(log_probs / (factor * best), labels) for factor in (0.97, 1, 1.03)]
+    assert losses[1] == min(losses)
+
+
+def test_a_few_images_without_a_mistake_do_not_make_it_certain():
+    labels = torch.arange(10)
+    log_probs = (4 * F.one_hot(labels, 10)).float().log_softmax(1)
+    sure = (log_probs / temperature_of(log_probs, labels)).softmax(1).amax(1)
+    assert 0.85 < sure.min() < 0.95
+
+
+def test_held_out_images_calibrate_the_network_of_a_run_and_its_file():
+    settings = {"epochs": 2, "batch_size": 50, "holdout": 50, "name": "mine"}
+    history = fit(plain(**settings), net := Net())
+    record, saved = json.loads(Path("runs/mine/metrics.json").read_text()), Net.from_pretrained("runs/mine")
+    before = Net.from_pretrained("runs/mine/last.pt")
+    assert torch.equal(saved.fc.weight, net.fc.weight)
+    assert torch.allclose(saved.fc.weight * record["temperature"], before.fc.weight)
+    loader = make_loaders(plain(**settings))[1]
+    (loss, accuracy), (loss_before, accuracy_before) = (evaluate(model, loader) for model in (saved, before))
+    assert loss < loss_before
+    assert accuracy == accuracy_before == history["test_accuracy"][-1]
+
+
+def test_resuming_what_has_ended_calibrates_alike():
+    fit(plain(epochs=1, batch_size=50, holdout=150, name="mine"))
+    first = Path("runs/mine/model.pt").read_bytes()
+    fit(resumed("runs/mine"))
+    assert Path("runs/mine/model.pt").read_bytes() == first
+
+
+@pytest.mark.parametrize(("holdout", "network"), [(0, Net), (50, plain_network)])
+def test_the_test_set_calibrates_nothing_nor_is_another_network_touched(holdout, network):
+    torch.manual_seed(0)
+    fit(plain(epochs=1, batch_size=100, holdout=holdout, name="mine"), net := network())
+    saved = torch.load("runs/mine/model.pt", weights_only=True)
+    last = torch.load("runs/mine/last.pt", weights_only=True)["model"]
+    assert all(
+        torch.equal(saved[name], last[name]) and torch.equal(saved[name], net.state_dict()[name]) for name in saved
+    )
+    assert "temperature" not in json.loads(Path("runs/mine/metrics.json").read_text())
+
+
+def test_images_of_ones_own_calibrate_too():
+    images, labels = torch.randint(256, (60, 32, 32, 3), dtype=torch.uint8), torch.arange(60) % 2
+    fit(plain(epochs=1, batch_size=20, holdout=20), Net(2), train_set=Images(images, labels, ["a", "b"]))
+    assert json.loads(Path("runs/plain/metrics.json").read_text())["temperature"] > 0
