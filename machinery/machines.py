@@ -109,7 +109,7 @@ def code() -> dict[str, str]:
     return {
         name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         for name, path in sorted(own.items())
-        if name.suffix == ".py" and not name.parts[0].startswith(".")
+        if name.suffix == ".py" and "site-packages" not in name.parts
     }
 
 

@@ -57,7 +57,7 @@ def running(
         draw: The picture of a history.
     """
     runtime = choose_runtime(config.device, config.precision, config.layout)
-    meet = functools.partial(machines.meet, facts=facts_of(config, runtime))
+    meet = functools.partial(machines.meet, facts=facts_of(config, runtime) if machines.several() else {})
     machines.refuse_unknown_leader()
     with processes.process_group(runtime.device.type, meet), Folder(config) as folder:
         config, state = folder.config, folder.read()
@@ -287,11 +287,12 @@ class Run:
         Args:
             predict: Returns log-probabilities (N, classes) and labels (N,) of these images, or of this process's share.
         """
-        if self.tested_on != "held-out" or not hasattr(self.bare, "divide_logits"):
+        divide_logits = getattr(self.bare, "divide_logits", None)
+        if self.tested_on != "held-out" or not divide_logits:
             return
         log_probs, labels = map(torch.cat, zip(*processes.gather(predict()), strict=True))
         temperature = temperature_of(log_probs, labels)
-        self.bare.divide_logits(temperature)
+        divide_logits(temperature)
         self.result["temperature"] = temperature
         self.say(f"calibrated on {len(labels):,} held-out images: logits are divided by {temperature:.3f}")
         self.write_results()
