@@ -16,7 +16,7 @@ help:
 	@echo "make train   train from the command line with the default settings"
 	@echo "make lint    check style, formatting and types"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
-	@echo "make card    measure the trained weights (RUN=runs/NAME: those of that run, which then ship), then make readme"
+	@echo "make card    measure the trained weights (RUN=runs/NAME SIBLING=runs/OTHER: those of that run, which then ship), then make readme"
 	@echo "make readme  write saved numbers and pictures into the pages and the notebook"
 	@echo "make clean   delete the environment and caches; runs/ and data/ stay"
 
@@ -56,7 +56,7 @@ results: $(READY)
 	$(BIN)/python benchmarks/publish.py --take
 
 card: $(READY)
-	$(BIN)/python benchmarks/card.py $(if $(RUN),--run $(RUN))
+	$(BIN)/python benchmarks/card.py $(if $(RUN),--run $(RUN)) $(if $(SIBLING),--sibling $(SIBLING))
 	$(MAKE) readme
 
 readme: $(READY)

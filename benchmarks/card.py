@@ -2,7 +2,9 @@
 
 Accuracy, plain and per class; calibration; and accuracy on test images spoilt in five ways at five strengths, made with
 Albumentations after the idea of CIFAR-10-C (Hendrycks & Dietterich, 2019), whose images these are not. All in fp32.
-With `make card RUN=runs/NAME`, the weights of that run are first put in the place of those that ship.
+With `make card RUN=runs/NAME SIBLING=runs/OTHER`, the weights of a run are first put in the place of those that ship.
+Nothing is left on which they could be calibrated, so this is done by the temperature of the sibling, a run of the same
+recipe that kept training images aside.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from train import choose_runtime, describe_hardware, predict
 from utils import expected_calibration_error, per_class_accuracy, plot_reliability
 
 MODEL = FOLDER.parent / "model.py"
+RECIPE = "augment", "padding", "cutmix", "label_smoothing", "batch_size"  # what decides how sure a network becomes
 
 
 def swapped(picture: np.ndarray, **_: object) -> np.ndarray:
@@ -59,28 +62,35 @@ CORRUPTIONS = {
 }
 
 
-def ship(run: Path) -> None:
-    """Makes the weights of a finished run those that ship, in half precision, and puts their sha256 into model.py.
+def ship(run: Path, sibling: Path) -> None:
+    """Makes the weights of a finished run those that ship, calibrated, and puts their sha256 into model.py.
 
-    The record of the run goes beside them, under the name that its folder has.
+    The records of both runs go beside them, under the names that their folders have.
+
+    Args:
+        run: On all training images.
+        sibling: Of the same recipe, maybe shorter, but with held-out images.
 
     Raises:
         WeightsError: They are no weights of a `Net`.
-        ValueError: The run is not finished, or did not train on all of CIFAR-10's training images and nothing else.
-        OverflowError: Half precision does not hold them.
+        ValueError: The run is not finished, or did not train on all of CIFAR-10's training images and nothing else; or
+            the sibling is none.
     """
-    weights, record = Net.from_pretrained(run / "model.pt").state_dict(), json.loads((run / "metrics.json").read_text())
+    net, record = Net.from_pretrained(run / "model.pt"), json.loads((run / "metrics.json").read_text())
+    other = json.loads((sibling / "metrics.json").read_text())
     done, config = len(record["history"]["epoch"]), record["config"]
     if done < config["epochs"] or record["data"] != "cifar10" or config["holdout"]:
         raise ValueError(f"{run}: {done} of {config['epochs']} epochs on {record['data']}, holdout {config['holdout']}")
     if (config["weights"] and not record["before"]) or any(other["data"] != "cifar10" for other in record["before"]):
         raise ValueError(f"{run}: it began with {config['weights']}, trained on other images or nobody knows on which")
-    config["name"] = run.resolve().name  # the default name is not in the settings
-    state = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    if not all(value.isfinite().all() for value in state.values()):
-        raise OverflowError(f"{run}: half precision does not hold all weights")
-    torch.save(state, WEIGHTS)
-    WEIGHTS.with_name("metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+    unlike = [name for name in RECIPE if other["config"][name] != config[name]]
+    if unlike or other["data"] != "cifar10" or "temperature" not in other:
+        raise ValueError(f"{sibling} is no sibling: other {', '.join(unlike) or 'images, or none held out'}")
+    for folder, settings in ((run, config), (sibling, other["config"])):
+        settings["name"] = folder.resolve().name  # the default name is not in the settings
+    net.divide_logits(other["temperature"])
+    torch.save(net.state_dict(), WEIGHTS)
+    WEIGHTS.with_name("metrics.json").write_text(json.dumps({**record, "sibling": other}, indent=1) + "\n")
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     MODEL.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', MODEL.read_text()))
 
@@ -147,10 +157,13 @@ def measure(model: nn.Module, test_set: Images) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, metavar="DIR", help="ship the weights of this run in the place of others")
+    parser.add_argument("--sibling", type=Path, metavar="DIR", help="calibrated by the temperature of this run")
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is; then $CIFAR10_ROOT, then ./data")
     options = parser.parse_args()
+    if (options.run is None) != (options.sibling is None):
+        parser.error("give both --run and --sibling, or none of them")
     if options.run:
-        ship(options.run)
+        ship(options.run, options.sibling)
     result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(options.data_dir, train=False))
     WEIGHTS.with_name("card.json").write_text(json.dumps(result, indent=1) + "\n")
 

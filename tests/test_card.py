@@ -12,6 +12,7 @@ from dataset import CIFAR10
 from model import Net
 
 REPOSITORY = Path(__file__).parents[1]
+RECIPE = {"augment": ["crop", "flip"], "padding": 4, "cutmix": 0.5, "label_smoothing": 0.1, "batch_size": 500}
 
 
 @pytest.fixture
@@ -26,15 +27,24 @@ def card(monkeypatch, tmp_path):
 
 def record(data: str = "cifar10", before: tuple[dict, ...] = (), **settings) -> dict:
     """What is read of the metrics.json of a run of two epochs, of the given settings."""
-    config = {"epochs": 2, "holdout": 0, "weights": None, "name": None, **settings}
+    config = {"epochs": 2, "holdout": 0, "weights": None, "name": None, **RECIPE, **settings}
     return {"data": data, "before": list(before), "history": {"epoch": [1, 2]}, "config": config}
 
 
-def save_run(folder: Path, state: dict, **settings) -> None:
+def save_run(folder: Path, **settings) -> Net:
     """What ships of a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "model.pt")
+    torch.save((net := Net()).state_dict(), folder / "model.pt")
     (folder / "metrics.json").write_text(json.dumps(record(**settings)))
+    return net
+
+
+def save_sibling(folder: Path, **settings) -> dict:
+    """The record of a run that found a temperature of 0.5."""
+    folder.mkdir(parents=True, exist_ok=True)
+    other = {**record(holdout=5000, **settings), "temperature": 0.5}
+    (folder / "metrics.json").write_text(json.dumps(other))
+    return other
 
 
 def test_each_corruption_spoils_more_with_its_strength_and_the_same_each_time(card):
@@ -57,17 +67,20 @@ def test_brightness_and_noise_are_as_strong_as_they_say(card):
     assert noisy.float().std().item() == pytest.approx(10, rel=0.05)
 
 
-def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_path):
-    run, net = tmp_path / "runs/a", Net()
-    save_run(run, net.state_dict())
+def test_weights_of_a_run_ship_calibrated_with_their_sha256(card, tmp_path):
+    run, sibling = tmp_path / "runs/a", tmp_path / "runs/b"
+    net, other = save_run(run), save_sibling(sibling, epochs=1)
     (tmp_path / "model.py").write_text('A = 1\nWEIGHTS_SHA256 = ""\n')
-    card.ship(run)
+    card.ship(run, sibling)
     shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
     for name, value in shipped.state_dict().items():
-        torch.testing.assert_close(value, net.state_dict()[name], rtol=1e-3, atol=1e-6)
+        assert torch.equal(value, net.state_dict()[name] / (0.5 if name == "fc.weight" else 1)), name
     digest = card.hashlib.sha256((tmp_path / "cifar10.pt").read_bytes()).hexdigest()
     assert (tmp_path / "model.py").read_text() == f'A = 1\nWEIGHTS_SHA256 = "{digest}"\n'
-    assert json.loads((tmp_path / "metrics.json").read_text()) == record(name="a")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        **record(name="a"),
+        "sibling": {**other, "config": {**other["config"], "name": "b"}},
+    }
 
     test_set = CIFAR10(train=False).subset(range(10))  # one of each class
     result = card.measure(shipped, test_set)
@@ -80,12 +93,15 @@ def test_weights_of_a_run_ship_in_half_precision_with_their_sha256(card, tmp_pat
     assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "corruptions.png"}
 
 
-def test_weights_too_large_for_half_precision_do_not_ship(card, tmp_path):
-    state = Net().state_dict()
-    state["fc.weight"][0, 0] = 1e6
-    save_run(tmp_path, state)
-    with pytest.raises(OverflowError, match="half precision"):
-        card.ship(tmp_path)
+@pytest.mark.parametrize("other", [{"cutmix": 0.0}, {"augment": ["crop"]}, {"data": "synthetic"}])
+def test_a_run_of_another_recipe_or_data_calibrates_nothing(card, tmp_path, other):
+    save_run(tmp_path / "a")
+    save_sibling(tmp_path / "b", **other)
+    with pytest.raises(ValueError, match=r"b is no sibling: other (cutmix|augment|images)"):
+        card.ship(tmp_path / "a", tmp_path / "b")
+    save_run(tmp_path / "c")
+    with pytest.raises(ValueError, match="c is no sibling: other images, or none held out"):
+        card.ship(tmp_path / "a", tmp_path / "c")
     assert not (tmp_path / "cifar10.pt").exists()
 
 
@@ -100,7 +116,8 @@ def test_weights_too_large_for_half_precision_do_not_ship(card, tmp_path):
     ],
 )
 def test_unfinished_runs_and_those_on_other_images_do_not_ship(card, tmp_path, run):
-    save_run(tmp_path, Net().state_dict(), **run)
+    save_run(tmp_path, **run)
+    save_sibling(tmp_path / "sibling")
     with pytest.raises(ValueError, match=r"of 3 epochs|synthetic|holdout 5000|began with (mine|runs/a/model).pt"):
-        card.ship(tmp_path)
+        card.ship(tmp_path, tmp_path / "sibling")
     assert not (tmp_path / "cifar10.pt").exists()

@@ -86,7 +86,7 @@ def test_the_draw_depends_on_seed_epoch_and_image_alone(transform):
 
     dataset = CIFAR10(transform=transform, seed=3)
     here = epochs(0)
-    for other in (epochs(1), epochs(2), epochs(2, multiprocessing_context="spawn")):
+    for other in (epochs(2), epochs(1, multiprocessing_context="spawn")):
         assert all(map(torch.equal, here, other))
     one = [dataset[epoch, 5][0] for epoch in range(4)]
     assert len({image.numpy().tobytes() for image in one}) == 4
