@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import plain, plain_network
+from small_runs import few_images, plain, plain_network
 from torch.nn import functional as F
 
-from dataset import Images
+from dataset import CIFAR10, Images, make_loader
 from model import Net
-from train import evaluate, fit, make_loaders, resumed, temperature_of
+from train import choose_runtime, evaluate, fit, predict, resumed, temperature_of
 
 pytestmark = pytest.mark.usefixtures("quick_curves")
 
@@ -40,29 +40,32 @@ def test_a_few_images_without_a_mistake_do_not_make_it_certain():
 
 
 def test_held_out_images_calibrate_the_network_of_a_run_and_its_file():
-    settings = {"epochs": 2, "batch_size": 50, "holdout": 50, "name": "mine"}
-    history = fit(plain(**settings), net := Net())
+    train_set, held_out = few_images().values()
+    held_out.is_held_out = True
+    history = fit(plain(epochs=2, batch_size=8, name="mine"), net := Net(), train_set=train_set, test_set=held_out)
     record, saved = json.loads(Path("runs/mine/metrics.json").read_text()), Net.from_pretrained("runs/mine")
     before = Net.from_pretrained("runs/mine/last.pt")
     assert torch.equal(saved.fc.weight, net.fc.weight)
     assert torch.allclose(saved.fc.weight * record["temperature"], before.fc.weight)
-    loader = make_loaders(plain(**settings))[1]
-    (loss, accuracy), (loss_before, accuracy_before) = (evaluate(model, loader) for model in (saved, before))
-    assert loss < loss_before
-    assert accuracy == accuracy_before == history["test_accuracy"][-1]
+    loader = make_loader(held_out, 8, train=False)
+    log_probs, labels = predict(before, loader, runtime=choose_runtime("cpu", "fp32"))
+    assert record["temperature"] == pytest.approx(temperature_of(log_probs, labels))
+    assert evaluate(saved, loader)[1] == history["test_accuracy"][-1]
 
 
 def test_resuming_what_has_ended_calibrates_alike():
-    fit(plain(epochs=1, batch_size=50, holdout=150, name="mine"))
+    train_set = CIFAR10().subset(range(16))
+    fit(plain(epochs=1, batch_size=8, holdout=8, name="mine"), train_set=train_set)
     first = Path("runs/mine/model.pt").read_bytes()
-    fit(resumed("runs/mine"))
+    fit(resumed("runs/mine"), train_set=train_set)
     assert Path("runs/mine/model.pt").read_bytes() == first
 
 
-@pytest.mark.parametrize(("holdout", "network"), [(0, Net), (50, plain_network)])
-def test_the_test_set_calibrates_nothing_nor_is_another_network_touched(holdout, network):
-    torch.manual_seed(0)
-    fit(plain(epochs=1, batch_size=100, holdout=holdout, name="mine"), net := network())
+@pytest.mark.parametrize(("held_out", "network"), [(False, Net), (True, plain_network)])
+def test_the_test_set_calibrates_nothing_nor_is_another_network_touched(held_out, network):
+    sets = few_images()
+    sets["test_set"].is_held_out = held_out
+    fit(plain(epochs=1, batch_size=8, name="mine"), net := network(), **sets)
     saved = torch.load("runs/mine/model.pt", weights_only=True)
     last = torch.load("runs/mine/last.pt", weights_only=True)["model"]
     assert all(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import plain, plain_network, signal_at, small_network, weights
+from small_runs import few_images, plain, plain_network, signal_at, small_network, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
@@ -180,7 +180,7 @@ def test_a_network_that_takes_contiguous_images_only_gets_them(capsys):
 
 def test_a_compiled_network_trains_and_its_weights_load():
     torch.manual_seed(0)
-    fit(plain(epochs=1), torch.compile(Net(), backend="eager"))
+    fit(plain(epochs=1, batch_size=16), torch.compile(Net(), backend="eager"), **few_images())
     assert Net.from_pretrained("runs/plain/model.pt").fc.out_features == 10
     assert json.loads(Path("runs/plain/metrics.json").read_text())["network"] == "Net"
 

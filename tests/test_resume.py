@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import files_of, quick, signal_at, small_network, timeless, weights
+from small_runs import few_images, files_of, quick, signal_at, small_network, timeless, weights
 from torch import Tensor, nn
 
 import train
@@ -56,11 +56,11 @@ def test_a_run_knows_the_runs_before_it_and_goes_on_without_their_weights():
     torch.save(Net().state_dict(), "start.pt")
     Path("metrics.json").write_text("[]")  # of something else
     for name, start in (("a", "start.pt"), ("b", "runs/a/model.pt"), ("quick", "runs/b/model.pt")):
-        fit(quick(weights=start, epochs=1, name=name, skip=0, holdout=136))
+        fit(quick(weights=start, epochs=1, name=name, skip=0, batch_size=16), **few_images())
     (before_a, a), (before_b, b) = record("a"), record("b")
     assert (before_a, before_b) == ([], [a])
     Path("runs/b/model.pt").unlink()
-    assert fit(resumed("runs/quick", epochs=2))["epoch"] == [1, 2]
+    assert fit(resumed("runs/quick", epochs=2), **few_images())["epoch"] == [1, 2]
     assert record("quick")[0] == [a, b]
 
 

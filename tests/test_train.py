@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEST_COUNT
-from small_runs import plain, plain_network
+from small_runs import few_images, plain, plain_network
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -140,9 +140,9 @@ def test_training_starts_from_the_weights_of_a_run():
     torch.manual_seed(1)
     start = Net()
     torch.save(start.state_dict(), "start.pt")
-    ours, given = (plain(epochs=1, lr=0.01, holdout=136, name=name) for name in ("ours", "given"))
-    history = fit(dataclasses.replace(ours, weights="start.pt"))
-    assert history["train_loss"] == fit(given, start)["train_loss"]
+    ours, given = (plain(epochs=1, lr=0.01, batch_size=16, name=name) for name in ("ours", "given"))
+    history = fit(dataclasses.replace(ours, weights="start.pt"), **few_images())
+    assert history["train_loss"] == fit(given, start, **few_images())["train_loss"]
     with pytest.raises(SettingError, match="weights and a model of your own"):
         fit(plain(weights="start.pt", name="both"), Net())
 

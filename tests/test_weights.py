@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import plain
+from small_runs import few_images, plain
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
@@ -139,7 +139,7 @@ def test_weights_of_a_wrapped_network_are_found_in_a_checkpoint(tmp_path, wrap, 
 @pytest.mark.usefixtures("quick_curves")
 def test_a_run_is_named_by_its_folder_or_by_its_files():
     net = Net()
-    fit(plain(epochs=1, batch_size=200, name="mine"), net)
+    fit(plain(epochs=1, batch_size=16, name="mine"), net, **few_images())
     run = Path("runs/mine")
     for place in (run, str(run), run / "last.pt", run / "model.pt"):
         assert same(Net.from_pretrained(place), net)
