@@ -156,6 +156,15 @@ def test_the_committed_notebook_stays_as_it_is_when_taken_again(publish, noteboo
     assert [cell.metadata for cell in taken.cells] == [cell.metadata for cell in notebook.cells]
 
 
+def test_colab_gets_the_same_versions_of_what_it_lacks():
+    pinned = re.findall(r"^\w\S+==\S+", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
+    lacking = re.findall(r"^\w\S+", (REPOSITORY / "requirements-colab.txt").read_text(), re.MULTILINE)
+    assert set(lacking) < set(pinned)
+    needed = {"albumentations", "captum", "torchsummary"}  # beside what is installed there, of what the notebook imports
+    assert {line.split("==")[0] for line in lacking} == needed
+    assert "pip install -q -r requirements-colab.txt" in README
+
+
 def test_the_commands_shown_are_accepted(monkeypatch):
     Path("pets").mkdir()
     commands = re.findall(r"train\.py (--(?!help).*?)(?:\s+#.*|`.*)?$", TEXT, re.MULTILINE)
