@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 EPOCHS ?=
 RESUME ?=
-STAND_IN := $(or $(EPOCHS),2)
+SYNTHETIC_EPOCHS := $(or $(EPOCHS),2)
 
 .PHONY: help run test browser machines train lint results card readme clean
 
@@ -25,13 +25,13 @@ $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@
 
-# Out of reach (status 3), CIFAR-10 gives way to the drawn stand-in; damaged, it stops the run. With `exec`, make waits
+# Out of reach (status 3), CIFAR-10 gives way to synthetic images; damaged, it stops the run. With `exec`, make waits
 # after Ctrl-C until the run is saved.
 run: $(READY)
 	@$(BIN)/python -m machinery.data; status=$$?; set -- $(if $(EPOCHS),-p epochs $(EPOCHS)); \
 	if [ $$status = 3 ]; then \
-		echo; echo "CIFAR-10 is out of reach: running on drawn pictures instead, for $(STAND_IN) epoch$(if $(filter 1,$(STAND_IN)),,s)."; \
-		set -- -p data synthetic -p epochs $(STAND_IN); \
+		echo; echo "CIFAR-10 is out of reach: running on synthetic images instead, for $(SYNTHETIC_EPOCHS) epoch$(if $(filter 1,$(SYNTHETIC_EPOCHS)),,s)."; \
+		set -- -p data synthetic -p epochs $(SYNTHETIC_EPOCHS); \
 	elif [ $$status != 0 ]; then exit $$status; fi; \
 	exec $(BIN)/python -m machinery.notebook S9_Final.ipynb runs/S9_Final.ipynb "$$@" $(if $(RESUME),-p resume $(RESUME))
 

@@ -40,7 +40,7 @@ HELD_OUT_SHARE = 0.2  # of a folder of pictures that does not say on which to te
 
 
 class CIFAR10(Images):
-    """CIFAR-10, or its drawn stand-in, with the interface of `torchvision.datasets.CIFAR10`; see `Images`.
+    """CIFAR-10, or synthetic images, with the interface of `torchvision.datasets.CIFAR10`; see `Images`.
 
     Args:
         root: Where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at, see `machinery.data.prepare`.
@@ -49,7 +49,7 @@ class CIFAR10(Images):
         target_transform: A function of the label.
         download: Whether it may be downloaded if it is not there.
         augment: See `Images`.
-        data: "cifar10", or "synthetic" for drawn pictures, whose classes are "synthetic 0" ... "synthetic 9".
+        data: "cifar10", or "synthetic" for shapes that are drawn, whose classes are "synthetic 0" ... "synthetic 9".
         seed: See `Images`.
         padding: See `Images`.
 

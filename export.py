@@ -71,11 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     size = picture_size(model)
     try:
         if classes != CLASSES or size != SIZE:
-            data, name = CIFAR10(train=False, data="synthetic"), "drawn pictures"
+            data, name = CIFAR10(train=False, data="synthetic"), "synthetic images"
         else:
-            data, name = CIFAR10(options.data_dir, train=False), "the test set"
+            data, name = CIFAR10(options.data_dir, train=False), "images of the test set"
     except DataUnreachableError:
-        data, name = CIFAR10(train=False, data="synthetic"), "drawn pictures, for CIFAR-10 is out of reach"
+        data, name = CIFAR10(train=False, data="synthetic"), "synthetic images, for CIFAR-10 is out of reach"
     except DataError as error:
         parser.error(str(error))
     try:
@@ -86,8 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = data.images[: sum(BATCHES)].numpy()[:, nearest][:, :, nearest]  # uint8 (N, S, S, 3)
     found = differences(model, options.file, as_input(pictures, model).split(BATCHES))
     say(
-        f"{options.file}: log-probabilities differ by at most {max(found):.1e} "
-        f"on batches of {BATCHES} images of {name}",
+        f"{options.file}: log-probabilities differ by at most {max(found):.1e} on batches of {BATCHES} {name}",
         sys.stdout,
     )
     if not all(difference <= TOLERANCE for difference in found):  # NaN is no agreement either

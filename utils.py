@@ -66,7 +66,7 @@ def plot_curves(history: dict[str, list]) -> Figure:
     loss.legend(frameon=False)
     accuracy.legend(loc="lower right", framealpha=1, edgecolor="none")
     if synthetic:
-        figure.suptitle("synthetic stand-in, not CIFAR-10")
+        figure.suptitle("synthetic images, not CIFAR-10")
     plt.close(figure)
     return figure
 

@@ -1,6 +1,6 @@
 """The peak memory of training at several batch sizes.
 
-`python benchmarks/memory.py` trains on the drawn stand-in, made as large as CIFAR-10, in a process of its own.
+`python benchmarks/memory.py` trains on synthetic images, made as many as CIFAR-10, in a process of its own.
 """
 
 import subprocess

@@ -1,7 +1,7 @@
 """Kills real training processes at random instants, and damages real files at random; counts what survives.
 
 `python benchmarks/survival.py --kills 50 --corruptions 1000` prints the counts and saves benchmarks/survival.json. The
-training is `Net` on the drawn stand-in, which needs no files, with a save after every step, so that some kills fall
+training is `Net` on synthetic images, which needs no files, with a save after every step, so that some kills fall
 into the writing of a checkpoint. What is to be counted 0 times is not, and keeps its earlier counts.
 """
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 on disk: found, checked, unpacked, downloaded; or a drawn stand-in for it.
+"""CIFAR-10 on disk: found, checked, unpacked, downloaded; or synthetic images in its place.
 
 Nothing is unpickled before its md5 has been checked, and nothing half-written is left behind.
 `python -m machinery.data` does it all and says where the data is; status 3 means out of reach, 1 damaged.
@@ -166,7 +166,7 @@ def _not_found(looked: list[Path], fault: str) -> str:
         "Three ways out:\n"
         f"  1. put {ARCHIVE} into one of these folders, or name its folder with --data-dir or CIFAR10_ROOT;\n"
         "  2. name a mirror of the archive with CIFAR10_URL and run again;\n"
-        "  3. go on with drawn pictures instead: --data synthetic."
+        "  3. go on with synthetic images instead: --data synthetic."
     )
 
 
@@ -182,7 +182,7 @@ def _scratch_folder(root: Path) -> Iterator[Path]:
 
 
 def draw_synthetic(train: bool, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A stand-in for CIFAR-10: ten kinds of drawn shapes, as (uint8 (N, 32, 32, 3), int64 (N,)), always the same.
+    """In the place of CIFAR-10: ten kinds of drawn shapes, as (uint8 (N, 32, 32, 3), int64 (N,)), always the same.
 
     Class k is one shape (disc, ring, square, frame, cross, saltire, bars, columns, checks, triangle) of random
     place, size and colours over a noisy background. Classes take turns, so any count is balanced.

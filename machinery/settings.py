@@ -27,7 +27,7 @@ class Config:
 
     data: str = setting(
         "cifar10",
-        "cifar10; or synthetic, drawn pictures that need no files; or a folder with one of pictures per class",
+        "cifar10; or synthetic, drawn shapes, which need no files; or a folder with one of pictures per class",
     )
     data_dir: str | None = setting(None, "where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at")
     name: str | None = setting(None, "results go to runs/NAME, which must be new (default: data, seed and time)")

@@ -89,7 +89,7 @@ def test_a_wrong_download_is_refused_and_leaves_nothing(nowhere, mirror, body):
     mirror["body"] = body
     with pytest.raises(DataError, match="is not that archive") as error:
         prepare()
-    assert not isinstance(error.value, DataUnreachableError)  # else `make run` would go on with drawn pictures
+    assert not isinstance(error.value, DataUnreachableError)  # else `make run` would go on with synthetic images
     assert not nowhere.exists()
 
 

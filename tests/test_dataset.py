@@ -152,7 +152,7 @@ def test_unknown_data_is_refused():
         CIFAR10(data="imagenet")
 
 
-def test_the_stand_in_has_the_shapes_of_cifar10_and_cannot_pass_for_it(monkeypatch):
+def test_synthetic_images_have_the_shapes_of_cifar10_and_cannot_pass_for_it(monkeypatch):
     assert SYNTHETIC_COUNTS == {True: 6_000, False: 1_000}
     monkeypatch.setitem(SYNTHETIC_COUNTS, True, 2000)
     dataset = CIFAR10(data="synthetic")

@@ -66,7 +66,7 @@ def test_a_network_is_exported_with_its_own_classes_size_and_normalisation(tmp_p
     monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path / "none"))  # it is not looked for
     file = tmp_path / "net.onnx"
     assert export.main([str(file)]) == 0
-    assert capsys.readouterr().out.endswith("on batches of (1, 3) images of drawn pictures\n")
+    assert capsys.readouterr().out.endswith("on batches of (1, 3) synthetic images\n")
     session = onnxruntime.InferenceSession(file)
     assert session.get_inputs()[0].shape[1:] == [3, 48, 48]
     metadata = session.get_modelmeta().custom_metadata_map

@@ -160,7 +160,11 @@ def test_colab_gets_the_same_versions_of_what_it_lacks():
     pinned = re.findall(r"^\w\S+==\S+", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
     lacking = re.findall(r"^\w\S+", (REPOSITORY / "requirements-colab.txt").read_text(), re.MULTILINE)
     assert set(lacking) < set(pinned)
-    needed = {"albumentations", "captum", "torchsummary"}  # beside what is installed there, of what the notebook imports
+    needed = {
+        "albumentations",
+        "captum",
+        "torchsummary",
+    }  # beside what is installed there, of what the notebook imports
     assert {line.split("==")[0] for line in lacking} == needed
     assert "pip install -q -r requirements-colab.txt" in README
 

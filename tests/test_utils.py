@@ -75,7 +75,7 @@ def test_curves_share_axes_and_name_units():
         assert part in texts(figure)
 
 
-def test_curves_of_the_stand_in_say_so_and_are_not_compared_with_the_original():
+def test_curves_of_synthetic_images_say_so_and_are_not_compared_with_the_original():
     shown = texts(plot_curves(history("synthetic")))
     assert "synthetic" in shown
     assert "73.20" not in shown
