@@ -79,7 +79,7 @@ def step(bench: "Bench") -> Iterator[dict[str, Any]]:
         "images_per_second_with_cudnn_benchmark": per_second(batch_size, seconds["with cudnn benchmark"]),
         **{f"images_per_second_of_{peer}": per_second(count, seconds[peer]) for peer, count in peers.items()},
     }
-    notes = {"batch_size": batch_size, "gflops_of_one_large_convolution": round(reached / 1e9)}
+    notes: dict[str, Any] = {"batch_size": batch_size, "gflops_of_one_large_convolution": round(reached / 1e9)}
     yield result_of(COLUMNS, rows, **notes, **rates)
 
 

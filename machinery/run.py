@@ -65,7 +65,7 @@ def running(
             processes.broadcast_from_rank_0(
                 lambda: bool(network(config.weights, 10, None))
             )  # refused before a long download
-        train_loader, test_loader = loaders(config, runtime.device)
+        both = train_loader, test_loader = loaders(config, runtime.device)
         machines.refuse_other_data(train_loader.dataset, test_loader.dataset)
         names = told_by(train_loader.dataset, "classes")
         torch.manual_seed(config.seed)
@@ -86,8 +86,7 @@ def running(
         sets = train_loader.dataset, test_loader.dataset
         try:
             runtime, classes = try_out(model, *sets, share, runtime, config.layout)
-            run = Run(config, model, optimizer, scheduler, runtime, (train_loader, test_loader), folder, draw)
-            run.classes = classes
+            run = Run(config, model, classes, optimizer, scheduler, runtime, both, folder, draw)
             if state:
                 run.take_up(state)
             run.introduce()
@@ -110,14 +109,14 @@ class Run:
     same of the runs before if it began with weights of theirs), curves.png and model.pt.
     """
 
-    request: files.StopRequest
-    network: nn.Module  # the model as all processes train it together
-    classes: int  # that it tells apart
+    request: files.StopRequest  # by `running`
+    network: nn.Module  # by `running`: the model as all processes train it together
 
     def __init__(
         self,
         config: Config,
         model: nn.Module,
+        classes: int,
         optimizer: Optimizer | None,
         scheduler: LRScheduler | None,
         runtime: Runtime,
@@ -125,7 +124,8 @@ class Run:
         folder: Folder,
         draw: Callable[[dict[str, list]], "Figure"],
     ) -> None:
-        self.config, self.model, self.runtime, self.folder, self.draw = config, model, runtime, folder, draw
+        self.config, self.model, self.classes, self.runtime = config, model, classes, runtime
+        self.folder, self.draw = folder, draw
         self.train_loader, self.test_loader = loaders
         self.sampler = cast(EpochSampler, self.train_loader.sampler)
         self.bare = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
@@ -227,6 +227,7 @@ class Run:
             "train_accuracy": train[1],
             "test_loss": test[0],
             "test_accuracy": test[1],
+            # By the recipe's own formula, which rounding in the optimizer does not reach.
             "lr": config.lr * (1 - self.epochs / config.epochs) if self.by_recipe else self.rate,
             "seconds": round(before + self.meter.seconds, 2),
             "data": self.data,

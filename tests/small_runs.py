@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dataset import CIFAR10, DEFAULT_AUGMENT
+from dataset import CIFAR10, DEFAULT_AUGMENT, Images
 from machinery import files
 from train import Config
 
@@ -35,7 +35,7 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(8, 10))
 
 
-def few_images() -> dict[str, CIFAR10]:
+def few_images() -> dict[str, Images]:
     """What to train and test on where `Net` itself is needed, of which an image takes 10 ms."""
     return {
         "train_set": CIFAR10().subset(range(16), DEFAULT_AUGMENT),
