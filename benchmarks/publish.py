@@ -31,6 +31,7 @@ REPOSITORY = FOLDER.parent
 RESULTS, NOTEBOOK = REPOSITORY / "results", REPOSITORY / "S9_Final.ipynb"
 PATTERNS = "README.md", "docs/*.md", "benchmarks/README.md", "weights/README.md"
 PAGES = [page for pattern in PATTERNS for page in sorted(REPOSITORY.glob(pattern))]
+COLOURS = 192  # of a picture in the notebook, whose file is to stay below 500 KB
 DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # settings as a metrics.json has them
 
 
@@ -73,7 +74,7 @@ def fault(notebook: nbformat.NotebookNode) -> str | None:
 
 
 def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook as it goes into the repository: without papermill's notes, with pictures of 256 colours."""
+    """The notebook as it goes into the repository: without papermill's notes, with pictures of few colours."""
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
     for cell in notebook.cells:
@@ -82,7 +83,7 @@ def committed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             if "image/png" in data:  # which becomes a third of its bytes
                 file, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-                fewer = picture.convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
+                fewer = picture.convert("RGB").quantize(COLOURS, kmeans=3, dither=Image.Dither.NONE)
                 fewer.save(file, "PNG", optimize=True)
                 data["image/png"] = base64.b64encode(file.getvalue()).decode()
     return notebook

@@ -89,7 +89,7 @@ def driver(tiny: TinyCIFAR10, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def tiny_notebook(tiny: TinyCIFAR10, monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
-    """The notebook without outputs, set to two epochs on the tiny data, for a kernel that finds our modules."""
+    """The notebook without outputs, set to one epoch on the tiny data, for a kernel that finds our modules."""
     repository = Path(__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", str(repository))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws into the notebook
@@ -101,7 +101,7 @@ def tiny_notebook(tiny: TinyCIFAR10, monkeypatch: pytest.MonkeyPatch) -> nbforma
     parameters.source = (
         "from torchvision import datasets\n"
         f"for name, value in {tiny.expectations()!r}.items():\n    setattr(datasets.CIFAR10, name, value)\n"
-        f"data, data_dir, epochs, batch_size, seed, resume = 'cifar10', {str(tiny.root)!r}, 2, 50, 0, None"
+        f"data, data_dir, epochs, batch_size, seed, resume = 'cifar10', {str(tiny.root)!r}, 1, 50, 0, None"
     )
     return notebook
 

@@ -162,31 +162,50 @@ def test_what_a_killed_process_left_half_written_is_cleaned_up():
     assert files_of("quick") == sorted(FILES)
 
 
+# Imports once, then forks for every line of arguments; says the number of the process, and with what it ended.
+FORKED = """
+for line in sys.stdin:
+    if not (child := os.fork()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(train.main(line.split()))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+sys.exit()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has none")
 def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver, monkeypatch):
     """As benchmarks/survival.py does it 50 times: SIGKILL at random, with a save after every step."""
     flags = f"--epochs 2 --batch-size 40 --workers 1 --precision fp32 --save-minutes 0 --data-dir {tiny.root}".split()
 
     here = f"sys.path.insert(0, {str(Path(__file__).parent)!r})"
-    script = driver(f"{here}\nfrom small_runs import small_network\ntrain.Net = lambda classes: small_network()")
-
-    def start(*arguments: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, script, *arguments], stdout=subprocess.DEVNULL)
+    network = "from small_runs import small_network\ntrain.Net = lambda classes: small_network()"
+    script = [sys.executable, driver(f"{here}\n{network}\n{FORKED}")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
     monkeypatch.setattr("train.Net", lambda classes: small_network())
     fit(Config(name="whole", epochs=2, batch_size=40, precision="fp32"))
     dice, arguments, last = random.Random(0), [*flags, "--name", "killed"], Path("runs/killed/last.pt")
-    for _ in range(3):
-        process = start(*arguments)
-        for _ in range(dice.randint(1, 2)):
-            before = last.stat().st_mtime_ns if last.exists() else 0
-            while not last.exists() or last.stat().st_mtime_ns == before:
-                assert process.poll() is None
-                time.sleep(0.001)
-        time.sleep(dice.uniform(0, 0.1))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        arguments = ["--resume", "runs/killed"]
-    assert start(*arguments).wait() == 0
+    with subprocess.Popen(script, **pipes) as forking:
+
+        def start(*arguments: str) -> int:
+            print(*arguments, file=forking.stdin, flush=True)
+            return int(forking.stdout.readline())
+
+        for _ in range(3):
+            process = start(*arguments)
+            for _ in range(dice.randint(1, 2)):
+                before = last.stat().st_mtime_ns if last.exists() else 0
+                while not last.exists() or last.stat().st_mtime_ns == before:
+                    os.kill(process, 0)  # it lives
+                    time.sleep(0.001)
+            time.sleep(dice.uniform(0, 0.1))
+            os.kill(process, signal.SIGKILL)
+            assert int(forking.stdout.readline()) == -signal.SIGKILL
+            arguments = ["--resume", "runs/killed"]
+        start(*arguments)
+        assert forking.stdout.readline() == "0\n"
     ends = [files.load(Path("runs", name, "last.pt")) for name in ("whole", "killed")]
     assert all(torch.equal(ends[0]["model"][key], ends[1]["model"][key]) for key in ends[0]["model"])
     assert timeless(ends[0]["result"]["history"]) == timeless(ends[1]["result"]["history"])

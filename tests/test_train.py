@@ -34,8 +34,8 @@ PLAIN = Runtime(torch.device("cpu"), "fp32", channels_last=False)
 def test_fit_learns_and_saves_what_it_returns(tiny_root):
     torch.manual_seed(0)
     model = Net()
-    history = fit(plain(epochs=3, batch_size=25, augment=(), data_dir=tiny_root), model)
-    assert history["epoch"] == [1, 2, 3]
+    history = fit(plain(batch_size=20, augment=(), data_dir=tiny_root), model)
+    assert history["epoch"] == [1, 2]
     assert history["train_loss"][-1] < history["train_loss"][0]
     assert history["test_accuracy"][-1] > 40  # chance is 10
     folder = Path("runs/plain")
