@@ -46,6 +46,7 @@ def export(model: nn.Module, file: str | Path, classes: Sequence[str] | None = N
         input_names=["images"],
         output_names=["log_probs"],
         dynamic_shapes=({0: torch.export.Dim("N")},),
+        dynamo=True,  # the default since PyTorch 2.9
         verbose=False,
     )
     known = {"mean": mean, "std": std, "classes": classes}

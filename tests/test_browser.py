@@ -17,7 +17,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
+
+sync_api = pytest.importorskip("playwright.sync_api")
 
 REPOSITORY = Path(__file__).parents[1]
 SCREENSHOTS = REPOSITORY / "runs/browser"
@@ -73,7 +74,7 @@ ENDED = f"""{CODE_CELLS}.some(cell => cell.outputs.some(output => output.output_
 
 def test_restart_and_run_all_shows_bars_and_figures_and_no_error(lab):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(120_000)
