@@ -135,16 +135,17 @@ class Captured:
         self.function = function
         self.calls: Counter[tuple] = Counter()
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+        self.aside: torch.cuda.Stream | None = None  # one, for a stream keeps the memory that it has freed to itself
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         key = tuple((argument.shape, argument.dtype) for argument in arguments)
         self.calls[key] += 1
         if self.calls[key] <= EAGER_STEPS:
-            aside = torch.cuda.Stream()  # as torch.cuda.graph captures on
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            self.aside = self.aside or torch.cuda.Stream()  # as torch.cuda.graph captures on
+            self.aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.aside):
                 results = self.function(*arguments)
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(self.aside)
             return results
         if key not in self.graphs:
             graph, static = torch.cuda.CUDAGraph(), tuple(argument.clone() for argument in arguments)

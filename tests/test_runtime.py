@@ -1,5 +1,8 @@
 """Device, precision and layout are chosen well, also for hardware that is not here; graphs keep what they returned."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,12 @@ def test_a_gpu_gets_the_fastest_precision_that_it_has(monkeypatch, card, native,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert str(choose_runtime()) == f"cuda, {precision}, channels_last"
     assert choose_runtime(precision="fp16").precision == "fp16"
+
+
+def test_apple_gets_what_works_there_in_every_release(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert str(choose_runtime()) == "mps, fp32, contiguous"
+    assert str(choose_runtime("mps", "bf16", "channels_last")) == "mps, bf16, channels_last"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +65,16 @@ def test_what_a_replayed_step_returned_is_not_overwritten_by_the_next(monkeypatc
     batches = [torch.full((4,), float(k)) for k in range(5)]
     for batch, (total, doubled) in zip(batches, [captured(batch) for batch in batches], strict=True):
         assert (total, doubled.tolist()) == (batch.sum(), (2 * batch).tolist())
+
+
+def test_the_steps_before_a_graph_share_one_stream_so_that_each_finds_the_memory_of_the_last(monkeypatch):
+    stream, streams = mock.Mock(), mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams() and stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    captured = Captured(lambda images: (2 * images,))
+    assert [captured(torch.tensor(k))[0].item() for k in range(runtime.EAGER_STEPS)] == [0, 2, 4]
+    assert (streams.call_count, stream.wait_stream.call_count) == (1, runtime.EAGER_STEPS)
 
 
 def test_the_layout_is_that_of_the_filters():
