@@ -12,8 +12,9 @@ of the others:
 5. memory: at its peak
 
 Seconds are read when the GPU has done all that was begun. The first training of a process is slower, since libraries
-are loaded and memory is taken, so an epoch goes before everything and does not count. `--quick` tries the script with a
-narrow network on a few drawn images, on the CPU if there is no GPU, and saves runs/gpu_quick.json.
+are loaded and memory is taken, so an epoch goes before everything and does not count. All trainings write to
+runs/benchmark-gpu, which is deleted in the end. `--quick` tries the script with a narrow network on a few drawn images,
+on the CPU if there is no GPU, and saves runs/gpu_quick.json.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -34,38 +36,37 @@ from typing import Any
 
 import torch
 from common import FOLDER, as_mean, multiply_adds, result_of, save, show
-from gpu_checks import NEEDS_GPU, checks
+from gpu_checks import NEEDS_GPU, checks, machine
 from gpu_step import step
 from growth import widened
+from time_to_accuracy import SHORT_SETTINGS
 from torch import nn
 
-from dataset import CIFAR10
+from dataset import CIFAR10, Images
 from machinery.loading import DeviceLoader
 from machinery.sampling import EpochSampler
 from model import Net
-from train import Config, choose_runtime, evaluate, fit
+from train import Config, StoppedError, choose_runtime, describe_hardware, evaluate, fit
 
-SHORT: dict[str, Any] = {"augment": ("crop", "flip"), "padding": 2, "skip": 0.6}
+NAME = "benchmark-gpu"  # of the folder in runs/
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """How much of everything."""
 
-    train_set: int = 50_000
-    test_set: int = 10_000
-    checked: int = 5_000  # images of a training that is a check
+    train_set: int = 50_000  # images; a fifth as many are tested on
+    checked: int = 5_000  # of a training that is a check
     batch_size: int = Config().batch_size
     rounds: int = 15
-    repeats: int = 10  # of a step or layer in a round; the first round, uncounted, has it captured as a graph
+    repeats: int = 10  # of a step or layer in a round; in the first, uncounted one it is captured as a graph
     short: int = 9  # epochs
     default: int = Config().epochs
     runs: int = 5
-    workers: int | None = None
     width: float = 1  # of `Net`
 
 
-QUICK = Size(40, 20, 40, batch_size=10, rounds=3, repeats=1, short=3, default=2, runs=2, workers=0, width=0.25)
+QUICK = Size(20, 20, batch_size=5, rounds=2, repeats=1, short=3, default=1, runs=2, width=0.1)
 
 
 class Bench:
@@ -77,15 +78,15 @@ class Bench:
         if self.on_gpu:  # else `use_deterministic_algorithms` warns of every matrix product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.runtime = choose_runtime("cuda" if self.on_gpu else "cpu")
-        counts, data = {True: self.size.train_set, False: self.size.test_set}, "synthetic" if quick else "cifar10"
-        self.train_set, self.test_set = (CIFAR10(data_dir, t, data=data).subset(range(counts[t])) for t in counts)
-        self.test_loader = DeviceLoader(self.test_set, 500, range(self.size.test_set), self.runtime.device)
+        data = "synthetic" if quick else "cifar10"
+        self.train_set, self.test_set = (CIFAR10(data_dir, train, data=data) for train in (True, False))
+        self.test_loader = DeviceLoader(self.test_images(), 500, range(self.size.train_set // 5), self.runtime.device)
         self.first = math.nan  # seconds of `warm_up`
 
     def warm_up(self) -> None:
         """An epoch that does not count."""
         began = self.now()
-        self.fitted(self.config("first", epochs=1, **SHORT), self.size.train_set)
+        self.fitted(self.config(epochs=1), self.size.train_set)
         self.first = self.now() - began
 
     def now(self) -> float:
@@ -94,14 +95,18 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter() - self.started
 
-    def config(self, name: str, **settings: Any) -> Config:
-        always = {"name": f"gpu-{name}", "overwrite": True, "device": self.runtime.device.type}
-        return Config(**{**always, "batch_size": self.size.batch_size, "workers": self.size.workers, **settings})
+    def config(self, **settings: Any) -> Config:
+        always = {"name": NAME, "overwrite": True, "device": self.runtime.device.type, "workers": 0}
+        return Config(**{**always, "batch_size": self.size.batch_size, **settings})
 
-    def images(self, config: Config, count: int) -> Any:
+    def images(self, config: Config, count: int) -> Images:
         """The first `count` training images, augmented as these settings say."""
         self.train_set.seed, self.train_set.padding = config.seed, config.padding
         return self.train_set.subset(range(count), config.augment)
+
+    def test_images(self, count: int | None = None) -> Images:
+        """What goes with the first `count` training images, by default all of them."""
+        return self.test_set.subset(range((count or self.size.train_set) // 5))
 
     def net(self, seed: int = 0) -> nn.Module:
         """A `Net` with the first weights of this seed."""
@@ -112,37 +117,40 @@ class Bench:
         self, config: Config, count: int, net: nn.Module | None = None, **options: Any
     ) -> tuple[nn.Module, dict[str, list]]:
         """A network trained on so many images, and its history."""
-        net, sets = net or self.net(config.seed), {"train_set": self.images(config, count), "test_set": self.test_set}
+        net = net or self.net(config.seed)
+        if self.on_gpu:
+            gc.collect()  # what is left of other trainings, and not while a graph is captured
+        sets: dict[str, Any] = {"train_set": self.images(config, count), "test_set": self.test_images(count)}
         with contextlib.redirect_stdout(io.StringIO()):
             return net, fit(config, net, **sets, progress=False, **options)
 
 
-def trainings(bench: Bench, name: str, epochs: int, **settings: Any) -> Iterator[dict[str, Any]]:
+def trainings(bench: Bench, epochs: int, **settings: Any) -> Iterator[dict[str, Any]]:
     """One for each seed, as long as there is time."""
     size, sampler = bench.size, EpochSampler(bench.size.train_set, skip=settings.get("skip", 0), epochs=epochs)
     images = sum(sampler.count(epoch) for epoch in range(epochs))
+    passes = images / size.train_set
     petaflop = 3 * 2 * multiply_adds(bench.net()) * images / 1e15  # forward, and backward to input and to weights
     runs: list[dict[str, float]] = []
     for seed in range(size.runs):
         began = bench.now()
-        if began + max((run["seconds_in_all"] for run in runs), default=0) > bench.limit:
+        if began + max((run["seconds_in_all"] for run in runs), default=passes * bench.first) > bench.limit:
             print(f"no time for seed {seed}", flush=True)
             return
-        config = bench.config(f"{name}-seed{seed}", epochs=epochs, seed=seed, **settings)
-        net, history = bench.fitted(config, size.train_set)
+        net, history = bench.fitted(bench.config(epochs=epochs, seed=seed, **settings), size.train_set)
         ended = bench.now()
         _, averaged = evaluate(net, bench.test_loader, views=6)
         measured = {"plain": history["test_accuracy"][-1], "averaged": averaged, "loss": history["test_loss"][-1]}
         measured |= {"seconds": history["seconds"][-1], "seconds_in_all": ended - began}
         measured |= {"seconds_of_6_views": bench.now() - ended}
         runs.append({"seed": seed, **measured})
-        print(", ".join(f"{key} {value:.4g}" for key, value in runs[-1].items()), flush=True)
+        print(", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in runs[-1].items()), flush=True)
         columns = {key: [run[key] for run in runs] for key in measured}
         means = [as_mean(columns[key]) for key in ("plain", "averaged", "seconds", "seconds_in_all")]
-        rate = f"{1000 * petaflop / statistics.fmean(columns['seconds']):.1f}"
+        rate = round(1000 * petaflop / statistics.fmean(columns["seconds"]), 1)
         yield result_of(
             ("epochs", "passes", "n", "plain %", "6 views %", "seconds of training", "in all", "PFLOP", "TFLOP/s"),
-            [(epochs, images / size.train_set, len(runs), *means, petaflop, rate)],
+            [(epochs, passes, len(runs), *means, petaflop, rate)],
             runs,
             seconds_of_testing_with_6_views=round(statistics.median(columns["seconds_of_6_views"]), 2),
             seconds_of_an_epoch_before_everything=round(bench.first, 1),
@@ -158,17 +166,17 @@ def memory(bench: Bench) -> Iterator[dict[str, Any]]:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            bench.fitted(bench.config("memory", epochs=1, batch_size=batch_size), bench.size.train_set)
+            bench.fitted(bench.config(epochs=1, batch_size=batch_size), bench.size.train_set)
             peaks = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
         rows.append((batch_size, *peaks))
-        yield result_of(("batch size", "GB of tensors at the peak", "GB taken from the GPU"), rows)
+        yield result_of(("batch size", "GB of tensors at the peak", "GB that PyTorch took from the GPU"), rows)
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "checks": checks,
     "step": step,
-    "short": lambda bench: trainings(bench, "short", bench.size.short, **SHORT),
-    "default": lambda bench: trainings(bench, "default", bench.size.default),
+    "short": lambda bench: trainings(bench, bench.size.short, **SHORT_SETTINGS),
+    "default": lambda bench: trainings(bench, bench.size.default),
     "memory": memory,
 }
 
@@ -178,12 +186,14 @@ def printed(errors: list[Exception]) -> Iterator[None]:
     """Prints and collects what goes wrong inside, for the other parts are worth having."""
     try:
         yield
+    except StoppedError:
+        sys.exit("stopped")
     except Exception as error:
         traceback.print_exc()
         errors.append(error)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Returns how many parts ended in an error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers = range(1, len(PARTS) + 1)
@@ -192,13 +202,15 @@ def main() -> int:
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is, as for train.py")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which no training begins (default: 8.5)")
     parser.add_argument("--save-to", type=Path, metavar="FILE", help="(default: benchmarks/gpu.json)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not options.quick and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --quick tries the script without one")
     path = options.save_to or (Path("runs/gpu_quick.json") if options.quick else FOLDER / "gpu.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if options.parts and path.exists() else {}
     bench = Bench(options.quick, options.data_dir, options.minutes)
+    versions = {"torch": torch.__version__, **machine()}
+    print("; ".join([describe_hardware(), *(f"{k.replace('_', ' ')}: {v}" for k, v in versions.items())]), flush=True)
     errors: list[Exception] = []
     with printed(errors):
         bench.warm_up()
@@ -213,7 +225,8 @@ def main() -> int:
                 save(results, path)
         if name in results:
             show(results[name])
-        print(f"{bench.now():.0f} s since the start; saved in {path}", flush=True)
+        print(f"{time.perf_counter() - bench.started:.0f} s since the start; saved in {path}", flush=True)
+    shutil.rmtree(Path("runs", NAME), ignore_errors=True)
     return len(errors)
 
 

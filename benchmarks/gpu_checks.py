@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import platform
 import signal
 import subprocess
@@ -11,9 +12,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from common import result_of
+from time_to_accuracy import SHORT_SETTINGS
 from torch import nn
 
 from dataset import denormalize, make_loader
@@ -32,46 +35,41 @@ NOT_DETERMINISTIC = " does not have a deterministic implementation"  # as PyTorc
 
 def checks(bench: "Bench") -> Iterator[dict[str, Any]]:
     """A line for each check, all on the first training images."""
-    flags: dict[str, Flags] = {"by default": contextlib.nullcontext}
-    if bench.on_gpu:  # on a CPU they make no difference
-        flags["use_deterministic_algorithms"] = deterministic_algorithms
+    ways: dict[str, tuple[Flags, bool]] = {"by default": (contextlib.nullcontext, not bench.on_gpu)}
+    if bench.on_gpu:  # where only these promise that a run repeats itself
+        ways["use_deterministic_algorithms"] = deterministic_algorithms, True
     todo: dict[str, Callable[[], Outcome]] = {
         "images made on the device, beside the host's": functools.partial(images_of_the_host, bench),
-        "an epoch in fp32, beside the CPU": functools.partial(beside_the_cpu, bench),
-        **{f"one seed twice, {name}": functools.partial(seed_twice, bench, how) for name, how in flags.items()},
-        **{f"stop and resume, {name}": functools.partial(stop_and_resume, bench, how) for name, how in flags.items()},
         **{f"two epochs in {name}": functools.partial(in_precision, bench, name) for name in ("fp32", "bf16", "fp16")},
+        **{f"one seed twice, {name}": functools.partial(seed_twice, bench, *way) for name, way in ways.items()},
+        **{f"stop and resume, {name}": functools.partial(stop_and_resume, bench, *way) for name, way in ways.items()},
+        "steps as graphs, beside kernel by kernel": functools.partial(graphs_beside_kernels, bench),
+        "an epoch in fp32, beside the CPU": functools.partial(beside_the_cpu, bench),
     }
     rows = []
     for name, check in todo.items():
         try:
             found, passed = check()
+        except StoppedError:
+            raise
         except Exception as error:  # the other checks are worth having
             traceback.print_exc()
             found, passed = f"{type(error).__name__}: {error}".splitlines()[0], False
         rows.append((name, found, "" if passed is None else "yes" if passed else "no"))
+        print(f"{bench.now():.0f} s: {name}: {found}", flush=True)
         yield result_of(("check", "found", "as it should be"), rows, **machine(), images=bench.size.checked)
 
 
 def images_of_the_host(bench: "Bench") -> Outcome:
-    dataset, batch_size = bench.images(bench.config("images"), bench.size.checked), bench.size.batch_size
+    dataset, batch_size = bench.images(bench.config(), bench.size.checked), bench.size.batch_size
     host = make_loader(dataset, batch_size, train=True)
     device = DeviceLoader(dataset, batch_size, EpochSampler(len(dataset), dataset.seed), bench.runtime.device)
     different, largest = 0, 0.0
-    for (made, _), (expected, _) in zip(device, host, strict=True):
+    for (made, labels), (expected, expected_labels) in zip(device, host, strict=True):
         different += int((denormalize(made) != denormalize(expected)).any(axis=(1, 2, 3)).sum())
+        different += int((labels.cpu() != expected_labels).sum())
         largest = max(largest, float((made.cpu() - expected).abs().max()))
     return f"{different} differ; when normalised, by {largest:.1g} at most", not different and largest < 1e-5
-
-
-def beside_the_cpu(bench: "Bench") -> Outcome:
-    """In fp32 proper; but Muon orthogonalises in bf16, whose rounding decides how near the losses can be."""
-    if not bench.on_gpu:
-        return NEEDS_GPU, None
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        configs = (bench.config("fp32", precision="fp32", epochs=1, device=device) for device in ("cpu", "cuda"))
-        cpu, gpu = (bench.fitted(config, bench.size.checked)[1]["train_loss"][0] for config in configs)
-    return f"loss {cpu:.4f} on the CPU, {gpu:.4f} on the GPU", abs(cpu - gpu) < 0.01
 
 
 @contextlib.contextmanager
@@ -84,23 +82,23 @@ def deterministic_algorithms() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def difference(net: nn.Module, other: nn.Module) -> Outcome:
+def difference(net: nn.Module, other: nn.Module) -> tuple[str, bool]:
     pairs = zip(net.state_dict().values(), other.state_dict().values(), strict=True)
     largest = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
     return (f"weights differ by {largest:.1g} at most", False) if largest else ("the same weights, bit for bit", True)
 
 
-def seed_twice(bench: "Bench", flags: Flags) -> Outcome:
+def seed_twice(bench: "Bench", flags: Flags, promised: bool) -> Outcome:
     with flags(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        nets = [bench.fitted(bench.config("twice", epochs=2), bench.size.checked)[0] for _ in range(2)]
-    found, passed = difference(*nets)
+        nets = [bench.fitted(bench.config(epochs=2), bench.size.checked)[0] for _ in range(2)]
+    found, same = difference(*nets)
     texts = [str(warning.message) for warning in caught]
     lacking = sorted({text.partition(NOT_DETERMINISTIC)[0] for text in texts if NOT_DETERMINISTIC in text})
-    return "; no deterministic ".join([found, *lacking]), passed
+    return "; no deterministic ".join([found, *lacking]), same if promised else None
 
 
-def stop_and_resume(bench: "Bench", flags: Flags) -> Outcome:
+def stop_and_resume(bench: "Bench", flags: Flags, promised: bool) -> Outcome:
     """Stopped after three steps, when nothing is captured yet, and between the epochs."""
     steps = itertools.count(1)
 
@@ -113,18 +111,45 @@ def stop_and_resume(bench: "Bench", flags: Flags) -> Outcome:
             bench.fitted(*arguments, **options)
             raise RuntimeError("training went on although it was asked to stop")
 
-    config, count = bench.config("stopped", epochs=2), bench.size.checked
+    config, count = bench.config(epochs=2), bench.size.checked
     resumed = dataclasses.replace(config, overwrite=False, resume=f"runs/{config.name}")
     with flags():
-        undisturbed, _ = bench.fitted(bench.config("undisturbed", epochs=2), count)
+        undisturbed, _ = bench.fitted(config, count)
         (net := bench.net(config.seed)).register_forward_pre_hook(at_the_third_step)
         stopped(config, count, net)
         stopped(resumed, count, on_epoch=lambda row: signal.raise_signal(signal.SIGINT))
-        return difference(undisturbed, bench.fitted(resumed, count)[0])
+        found, same = difference(undisturbed, bench.fitted(resumed, count)[0])
+    return found, same if promised else None
+
+
+def graphs_beside_kernels(bench: "Bench") -> Outcome:
+    """With the settings of the short run, whose later epochs go by the loss of each image."""
+    if not bench.on_gpu:
+        return NEEDS_GPU, None
+    config, count = bench.config(epochs=3, **SHORT_SETTINGS), bench.size.checked
+    with deterministic_algorithms():
+        graphs, _ = bench.fitted(config, count)
+        with mock.patch("machinery.runtime.EAGER_STEPS", math.inf):
+            return difference(graphs, bench.fitted(config, count)[0])
+
+
+def beside_the_cpu(bench: "Bench") -> Outcome:
+    """In fp32 proper, not TF32; Muon orthogonalises in bf16. On a CPU, one thread and two end 0.0006 apart."""
+    if not bench.on_gpu:
+        return NEEDS_GPU, None
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        configs = (bench.config(precision="fp32", epochs=1, device=device) for device in ("cpu", "cuda"))
+        cpu, gpu = (bench.fitted(config, bench.size.checked)[1]["train_loss"][0] for config in configs)
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    return f"loss {cpu:.4f} on the CPU, {gpu:.4f} on the GPU", abs(cpu - gpu) < 0.005
 
 
 def in_precision(bench: "Bench", precision: str) -> Outcome:
-    _, history = bench.fitted(bench.config(precision, precision=precision, epochs=2), bench.size.checked)
+    if precision == "fp16" and not bench.on_gpu:  # on many CPUs a hundred times as slow
+        return NEEDS_GPU, None
+    _, history = bench.fitted(bench.config(precision=precision, epochs=2), bench.size.checked)
     first, last = history["train_loss"]
     return f"loss {last:.3f}, test accuracy {history['test_accuracy'][-1]:.2f} %", last < first
 

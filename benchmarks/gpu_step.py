@@ -21,20 +21,16 @@ if TYPE_CHECKING:
 
 
 def step(bench: "Bench") -> Iterator[dict[str, Any]]:
-    """The layers, and the whole step in several ways; each replayed as a graph, but for the step that says so."""
+    """The whole step in several ways, then its layers; each replayed as a graph, but for the step that says so."""
     size, batch_size = bench.size, bench.size.batch_size
     whole, batch, optimizer = step_of(bench, net := bench.net(), batch_size)
     eager, *_ = step_of(bench, bench.net(), batch_size)
-    tuned, *_ = step_of(bench, bench.net(), batch_size)
     once, _, its_optimizer = step_of(bench, bench.net(), batch_size)
     once(*batch)  # for gradients that stay where a graph finds them
     wide = nn.Sequential(nn.Conv2d(3, 256, 1), nn.Conv2d(256, 256, 3, padding=1, bias=False))
     limit, limit_operations = alone(bench, wide, random_batch(batch_size)[0][:, :, :16, :16])["1"]
-    peers = {f"airbench94_muon_in_batches_of_{k * batch_size}": k * batch_size for k in (1, 4)}
-
-    def with_benchmark() -> None:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            tuned(*batch)
+    layers = alone(bench, bench.net(), random_batch(batch_size)[0])
+    counts = {name: count for name, (_, count) in layers.items()}
 
     def optimize() -> tuple[()]:
         its_optimizer.step()
@@ -44,20 +40,30 @@ def step(bench: "Bench") -> Iterator[dict[str, Any]]:
         "limit": limit,
         "the whole step": functools.partial(whole, *batch),
         "without graphs": functools.partial(getattr(eager, "function", eager), *batch),
-        "with cudnn benchmark": with_benchmark,
         "optimizer": Captured(optimize) if bench.on_gpu else optimize,
     }
+    peers = {f"airbench94_muon_in_batches_of_{k * batch_size}": k * batch_size for k in (1, 4)}
     for peer, count in peers.items():
         its_step, its_batch, _ = step_of(bench, airbench94_muon_network(), count)
         candidates[peer] = functools.partial(its_step, *its_batch)
     seconds = timed(bench, candidates)
-    layers = alone(bench, bench.net(), random_batch(batch_size)[0])
-    times = timed(bench, {name: run for name, (run, _) in layers.items()})
-    counts = {name: count for name, (_, count) in layers.items()}
     reached = limit_operations / statistics.median(seconds["limit"])
-    rows = table(net, times, counts, {name: seconds[name] for name in ("optimizer", "the whole step")}, reached)
 
-    images = bench.images(bench.config("loader"), size.train_set)
+    def lines(alone: dict[str, list[float]]) -> list[tuple]:
+        return table(net, alone, counts, {name: seconds[name] for name in ("optimizer", "the whole step")}, reached)
+
+    notes: dict[str, Any] = {
+        "batch_size": batch_size,
+        "gflops_of_one_large_convolution": round(reached / 1e9),
+        "images_per_second": rate(batch_size, seconds["the whole step"]),
+        "images_per_second_without_graphs": rate(batch_size, seconds["without graphs"]),
+        **{f"images_per_second_of_{peer}": rate(count, seconds[peer]) for peer, count in peers.items()},
+    }
+    yield result_of(COLUMNS, lines({}), **notes)
+    rows = lines(timed(bench, {name: run for name, (run, _) in layers.items()}))
+    yield result_of(COLUMNS, rows, **notes)
+
+    images = bench.images(bench.config(), size.train_set)
     loader = DeviceLoader(images, batch_size, EpochSampler(size.train_set), bench.runtime.device)
     options: dict[str, Any] = {"runtime": bench.runtime, "progress": False, "step": whole}
 
@@ -67,20 +73,22 @@ def step(bench: "Bench") -> Iterator[dict[str, Any]]:
         bench.now()
 
     epochs = alternate({"with": lambda: train_one_epoch(net, loader, optimizer, **options), "alone": load}, 5)
+    notes["images_per_second_with_the_loader"] = rate(size.train_set, epochs["with"])
+    notes["images_per_second_of_the_loader_alone"] = rate(size.train_set, epochs["alone"])
+    yield result_of(COLUMNS, rows, **notes)
 
-    def per_second(count: int, taken: list[float]) -> int:
-        return round(count / statistics.median(taken))
+    tuned, *_ = step_of(bench, bench.net(), batch_size)
+    torch.backends.cudnn.benchmark = True
+    try:
+        (times,) = timed(bench, {"tuned": functools.partial(tuned, *batch)}).values()
+    finally:
+        torch.backends.cudnn.benchmark = False
+    yield result_of(COLUMNS, rows, **notes, images_per_second_with_cudnn_benchmark=rate(batch_size, times))
 
-    rates: dict[str, Any] = {
-        "images_per_second": per_second(batch_size, seconds["the whole step"]),
-        "images_per_second_with_the_loader": per_second(size.train_set, epochs["with"]),
-        "images_per_second_of_the_loader_alone": per_second(size.train_set, epochs["alone"]),
-        "images_per_second_without_graphs": per_second(batch_size, seconds["without graphs"]),
-        "images_per_second_with_cudnn_benchmark": per_second(batch_size, seconds["with cudnn benchmark"]),
-        **{f"images_per_second_of_{peer}": per_second(count, seconds[peer]) for peer, count in peers.items()},
-    }
-    notes: dict[str, Any] = {"batch_size": batch_size, "gflops_of_one_large_convolution": round(reached / 1e9)}
-    yield result_of(COLUMNS, rows, **notes, **rates)
+
+def rate(count: int, seconds: list[float]) -> int:
+    """How many a second if `count` take so long, at the median."""
+    return round(count / statistics.median(seconds))
 
 
 def step_of(bench: "Bench", net: nn.Module, batch_size: int) -> tuple[Callable[..., Any], tuple[Tensor, Tensor], Any]:
