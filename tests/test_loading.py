@@ -1,13 +1,16 @@
 """Batches made on the device are those of the workers; tried on CPU tensors."""
 
 import itertools
+import os
 
 import pytest
 import torch
+from small_runs import few_images
 
-from dataset import CIFAR10, denormalize, make_loader
+from dataset import CIFAR10, denormalize, make_loader, make_loaders
 from machinery.loading import DeviceLoader
 from machinery.sampling import EpochSampler
+from train import Config
 
 
 @pytest.mark.parametrize("augment", [(), ("crop",), ("flip", "cutout"), ("crop", "flip", "cutout")])
@@ -35,3 +38,15 @@ def test_processes_share_each_batch():
     whole = DeviceLoader(dataset, 20, EpochSampler(100), torch.device("cpu"))
     for (_, labels), (_, even), (_, odd) in zip(whole, *parts, strict=True):
         assert labels.tolist() == list(itertools.chain(*zip(even.tolist(), odd.tolist(), strict=True)))
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (4, 3), (64, 16)])
+def test_what_a_gpu_cannot_draw_itself_comes_from_a_worker_for_each_core_but_one(monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    sets = few_images()
+    assert DeviceLoader.can_draw(sets["train_set"])
+    sets["train_set"].augment = ("trivial",)
+    assert not DeviceLoader.can_draw(sets["train_set"])
+    train_loader, _ = make_loaders(Config(batch_size=4), torch.device("cuda"), **sets)
+    assert (train_loader.num_workers, train_loader.pin_memory) == (workers, True)
+    assert make_loaders(Config(batch_size=4), torch.device("cpu"), **sets)[0].num_workers == 1
