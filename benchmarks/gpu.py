@@ -77,6 +77,8 @@ class Bench:
         self.on_gpu = torch.cuda.is_available()
         if self.on_gpu:  # else `use_deterministic_algorithms` warns of every matrix product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        elif quick:
+            torch.set_num_threads(1)  # several would mostly wait for each other
         self.runtime = choose_runtime("cuda" if self.on_gpu else "cpu")
         data = "synthetic" if quick else "cifar10"
         self.train_set, self.test_set = (CIFAR10(data_dir, train, data=data) for train in (True, False))
