@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data")
     options, model, classes = parse_with_network(parser, arguments)
     size = picture_size(model)
+    if not (folder := Path(options.file).parent).is_dir():
+        parser.error(f"cannot write {options.file}: there is no folder {folder}")
     try:
         if classes != CLASSES or size != SIZE:
             data, name = CIFAR10(train=False, data="synthetic"), "synthetic images"

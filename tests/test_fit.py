@@ -264,16 +264,16 @@ def test_one_cycle_of_ones_own_over_the_images_of_ones_own():
 
 
 def test_fp16_trains_and_is_resumed_with_its_scale(capsys):
-    whole = small_network()
-    history = fit(plain(name="whole", epochs=3, precision="fp16"), whole)
+    whole, settings = small_network(), {"epochs": 3, "batch_size": 4, "precision": "fp16"}
+    history = fit(plain(name="whole", **settings), whole, **few_images())
     assert "fp16" in capsys.readouterr().out
     assert history["train_loss"][-1] < history["train_loss"][0]
     stopped = signal_at(small_network(), 5)
     with pytest.raises(StoppedError):
-        fit(plain(epochs=3, precision="fp16"), stopped)
+        fit(plain(**settings), stopped, **few_images())
     assert torch.load("runs/plain/last.pt", weights_only=True)["scaler"]["scale"] == 65536
     again = small_network()
-    fit(resumed("runs/plain"), again)
+    fit(resumed("runs/plain"), again, **few_images())
     assert torch.equal(weights(again), weights(whole))
 
 
@@ -290,10 +290,11 @@ class Overflowing(nn.Module):
 
 
 def test_a_step_that_overflows_in_fp16_is_left_out_and_only_many_end_the_run():
-    history = fit(plain(epochs=3, precision="fp16"), Overflowing(range(2, 4)))
+    settings = {"batch_size": 4, "precision": "fp16"}
+    history = fit(plain(epochs=3, **settings), Overflowing(range(2, 4)), **few_images())
     assert history["test_loss"][-1] < 2.4
     with pytest.raises(NonFiniteLossError, match="in every step"):
-        fit(plain(name="all", epochs=10, precision="fp16"), Overflowing(range(1, 1000)))
+        fit(plain(name="all", epochs=10, **settings), Overflowing(range(1, 1000)), **few_images())
 
 
 def test_ten_classes_of_ones_own_get_a_fresh_classifier():

@@ -1,6 +1,7 @@
 """The layout: imports point downwards, cost what they must, and no name at the root takes a user's own."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ ROOT = {"dataset", "export", "hubconf", "model", "predict", "train", "utils"}
 FLOORS = 6  # from the ground to train.py
 
 
+@functools.cache
 def imported_by(module: Path) -> set[Path]:
     """The modules of this repository that a module imports at its top, or later."""
     names = set()
