@@ -89,8 +89,9 @@ def test_a_signal_to_all_processes_saves_too(driver):
         "def signal_all(module, inputs, output, count=[0]):\n"
         "    count[0] += module.training\n"
         "    if count[0] == 3:\n        os.killpg(0, signal.SIGTERM)\n"
-        "class Signalling(train.Net):\n"
-        "    def __init__(self, classes=10):\n        super().__init__(classes)\n"
+        "class Signalling(torch.nn.Sequential):\n"
+        "    def __init__(self, classes=10):\n"
+        "        super().__init__(torch.nn.Flatten(), torch.nn.Linear(3072, classes))\n"
         "        self.register_forward_hook(signal_all)\n"
         "train.Net = Signalling"
     )
