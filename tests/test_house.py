@@ -42,17 +42,15 @@ def test_imports_make_no_circles_and_few_floors():
     assert floor_of(REPOSITORY / "train.py") <= FLOORS
 
 
-def run(code: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_modules_of_the_user_with_common_names_do_no_harm(tmp_path):
+def test_imports_take_no_module_of_the_user_and_nothing_that_only_some_need(tmp_path):
     for name in ("config", "engine", "errors", "optim", "runs", "storage", "transforms", "checkpoint", "data", "files"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the module of the user was taken')")
-    run(f"import sys; sys.path.append({str(REPOSITORY)!r}); import train, utils, predict", tmp_path)
-
-
-def test_what_only_some_need_is_not_imported_before():
     late = {"albumentations", "captum", "cv2", "matplotlib", "torchvision"}
-    run(f"import sys, train; late = {late!r} & set(sys.modules); assert not late, late", REPOSITORY)
+    lines = [
+        f"import sys\nsys.path.append({str(REPOSITORY)!r})",
+        f"import train\nearly = {late!r} & set(sys.modules)\nassert not early, early",
+        "import utils, predict",
+    ]
+    code = "\n".join(lines)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
