@@ -56,9 +56,7 @@ runs.Run.finish_epoch = finish_and_die
 def test_two_processes_learn_what_one_learns_though_one_is_killed_and_started_anew(driver, monkeypatch):
     monkeypatch.setattr(train, "Net", None)  # and put it back in the end
     exec(SMALL_NETWORK, {"torch": torch, "train": train})
-    assert (
-        train.main([*FLAGS, "--name", "one"]) == 0
-    )  # with one thread, as torchrun's processes have, for equal rounding
+    assert train.main([*FLAGS, "--name", "one"]) == 0  # on one thread, as in torchrun's processes, which rounds alike
     two = torchrun("--max-restarts=1", driver(SMALL_NETWORK + KILLED_ONCE), *FLAGS, "--name", "two")
     assert two.returncode == 0, two.stderr
     assert "another process of this run died" in two.stderr
