@@ -110,7 +110,8 @@ class Net(nn.Module):
     @torch.no_grad()
     def divide_logits(self, temperature: float) -> None:
         """Divides all logits by this number from now on; the predicted classes stay. See `train.temperature_of`."""
-        self.fc.weight /= temperature
+        for parameter in self.fc.parameters():  # also of a linear layer of your own, with a bias
+            parameter /= temperature
 
     @classmethod
     def from_pretrained(cls, file: str | Path | None = None, *, num_classes: int | None = None) -> "Net":
