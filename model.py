@@ -111,7 +111,7 @@ class Net(nn.Module):
     def divide_logits(self, temperature: float) -> None:
         """Divides all logits by this number from now on; the predicted classes stay. See `train.temperature_of`."""
         for parameter in self.fc.parameters():  # also of a linear layer of your own, with a bias
-            parameter /= temperature
+            parameter.div_(temperature)
 
     @classmethod
     def from_pretrained(cls, file: str | Path | None = None, *, num_classes: int | None = None) -> "Net":
