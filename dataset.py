@@ -245,8 +245,12 @@ def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -
     order = torch.randperm(size, generator=torch.Generator().manual_seed(2034040))
     inside, outside = order[config.holdout :], order[: config.holdout]
     if isinstance(train_set, Images):
-        return train_set.subset(inside, train_set.augment), train_set.subset(outside)
-    return Subset(train_set, inside.tolist()), Subset(train_set, outside.tolist())
+        rest: Any = train_set.subset(outside)
+        train_set = train_set.subset(inside, train_set.augment)
+    else:
+        train_set, rest = Subset(train_set, inside.tolist()), Subset(train_set, outside.tolist())
+    rest.is_held_out = True  # so that `fit` calibrates by it
+    return train_set, rest
 
 
 def _folder_sets(config: Config) -> tuple[Images, Images]:

@@ -8,6 +8,7 @@ recipe that kept training images aside.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import random
@@ -22,20 +23,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dataset import CIFAR10, Images, make_loader
+from machinery.augmentation import JPEG
 from machinery.figures import picture_grid
+from machinery.weights import WeightsError
 from model import WEIGHTS, Net
-from train import choose_runtime, describe_hardware, predict
+from train import Config, choose_runtime, describe_hardware, predict
 from utils import expected_calibration_error, per_class_accuracy, plot_reliability
 
 MODEL = FOLDER.parent / "model.py"
+DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # for records from before a setting was there
 RECIPE = "augment", "padding", "cutmix", "label_smoothing", "batch_size"  # what decides how sure a network becomes
 
-
-def swapped(picture: np.ndarray, **_: object) -> np.ndarray:
-    return np.ascontiguousarray(picture[..., ::-1])
-
-
-swap_colours = A.Lambda(image=swapped, p=1)  # Albumentations gives OpenCV red for blue, which JPEG treats unlike
 
 # What spoils a picture -> strengths, and the transform for one of them.
 CORRUPTIONS = {
@@ -57,7 +55,7 @@ CORRUPTIONS = {
     ),
     "JPEG (quality)": (
         (90, 70, 50, 30, 15),
-        lambda s: A.Compose([swap_colours, A.ImageCompression(quality_range=(s, s), p=1), swap_colours]),
+        lambda s: JPEG(quality_range=(s, s), p=1),
     ),
 }
 
@@ -78,16 +76,21 @@ def ship(run: Path, sibling: Path) -> None:
     """
     net, record = Net.from_pretrained(run / "model.pt"), json.loads((run / "metrics.json").read_text())
     other = json.loads((sibling / "metrics.json").read_text())
+    settings, others = ({**DEFAULT, **found["config"]} for found in (record, other))
     done, config = len(record["history"]["epoch"]), record["config"]
     if done < config["epochs"] or record["data"] != "cifar10" or config["holdout"]:
         raise ValueError(f"{run}: {done} of {config['epochs']} epochs on {record['data']}, holdout {config['holdout']}")
     if (config["weights"] and not record["before"]) or any(other["data"] != "cifar10" for other in record["before"]):
         raise ValueError(f"{run}: it began with {config['weights']}, trained on other images or nobody knows on which")
-    unlike = [name for name in RECIPE if other["config"][name] != config[name]]
-    if unlike or other["data"] != "cifar10" or "temperature" not in other:
-        raise ValueError(f"{sibling} is no sibling: other {', '.join(unlike) or 'images, or none held out'}")
-    for folder, settings in ((run, config), (sibling, other["config"])):
-        settings["name"] = folder.resolve().name  # the default name is not in the settings
+    unlike = [f"{name} is {others[name]}, not {settings[name]}" for name in RECIPE if others[name] != settings[name]]
+    if other["data"] != "cifar10" or unlike:
+        raise ValueError(f"{sibling} is no sibling of {run}: {'; '.join(unlike) or 'it trained on other images'}")
+    if others["weights"]:
+        raise ValueError(f"{sibling} began with {others['weights']}, which may know the images it held out; train anew")
+    if "temperature" not in other:
+        raise ValueError(f"{sibling} has no temperature: train it to its end with --holdout 5000")
+    for folder, found in ((run, record), (sibling, other)):
+        found["config"]["name"] = folder.resolve().name  # the default name is not in the settings
     net.divide_logits(other["temperature"])
     torch.save(net.state_dict(), WEIGHTS)
     WEIGHTS.with_name("metrics.json").write_text(json.dumps({**record, "sibling": other}, indent=1) + "\n")
@@ -163,7 +166,10 @@ def main() -> None:
     if (options.run is None) != (options.sibling is None):
         parser.error("give both --run and --sibling, or none of them")
     if options.run:
-        ship(options.run, options.sibling)
+        try:
+            ship(options.run, options.sibling)
+        except (ValueError, OSError, WeightsError) as error:
+            parser.error(str(error))
     result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(options.data_dir, train=False))
     WEIGHTS.with_name("card.json").write_text(json.dumps(result, indent=1) + "\n")
 

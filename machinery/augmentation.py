@@ -168,6 +168,14 @@ class Cutout(BatchTransform):
         return images
 
 
+class JPEG(A.ImageCompression):
+    """As `A.ImageCompression`, which gives OpenCV red for blue; JPEG treats them unlike."""
+
+    def apply(self, img: np.ndarray, *args: Any, **params: Any) -> np.ndarray:
+        spoilt = super().apply(np.ascontiguousarray(img[..., ::-1]), *args, **params)
+        return np.ascontiguousarray(spoilt[..., ::-1])
+
+
 class Corrupt(OneByOne):
     """A third of the time, noise, blur or JPEG compression at a strength of its own, as photographs have them.
 
@@ -182,7 +190,7 @@ class Corrupt(OneByOne):
             [
                 A.GaussNoise(std_range=(0, 0.1), p=1),
                 A.GaussianBlur(sigma_limit=(0.2, 1.4), blur_limit=0, p=1),
-                A.ImageCompression(quality_range=(30, 95), p=1),
+                JPEG(quality_range=(30, 95), p=1),
             ],
             p=1 / 3,
         )

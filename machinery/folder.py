@@ -186,8 +186,9 @@ def _records_of(weights: str) -> list[dict[str, Any]]:
 
     Empty if there is none, as for weights that come from elsewhere.
     """
+    path = Path(__file__).parents[1] / "weights" if weights == "pretrained" else Path(weights)
     try:
-        record = json.loads(Path(weights).with_name("metrics.json").read_text())
+        record = json.loads((path / "metrics.json" if path.is_dir() else path.with_name("metrics.json")).read_text())
         return [*record.pop("before", []), record]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

@@ -130,8 +130,7 @@ class Run:
         self.sampler = cast(EpochSampler, self.train_loader.sampler)
         self.bare = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
         self.data = told_by(self.train_loader.dataset, "source") or "your own"
-        held_out = config.holdout or told_by(self.test_loader.dataset, "is_held_out")
-        self.tested_on = "held-out" if held_out else "test"
+        self.tested_on = "held-out" if told_by(self.test_loader.dataset, "is_held_out") else "test"
         names = told_by(self.train_loader.dataset, "classes")
         self.result = new_record(config, self.bare, runtime)
         self.result |= {"data": self.data, "classes": list(names) if names else None}
@@ -289,7 +288,11 @@ class Run:
             predict: Returns log-probabilities (N, classes) and labels (N,) of these images, or of this process's share.
         """
         divide_logits = getattr(self.bare, "divide_logits", None)
-        if self.tested_on != "held-out" or not divide_logits:
+        if self.tested_on != "held-out" or not divide_logits or not isinstance(self.bare.fc, nn.Linear):
+            return
+        others = [run for run in self.result["before"] if run["data"] == self.data]
+        if any(run["config"].get(name) != getattr(self.config, name) for run in others for name in ("holdout", "seed")):
+            self.say("not calibrated: the weights that it began with may have been trained on the held-out images")
             return
         log_probs, labels = map(torch.cat, zip(*processes.gather(predict()), strict=True))
         temperature = temperature_of(log_probs, labels)

@@ -1,5 +1,6 @@
 """What happens to an image: each augmentation does what it says, on draws of its own, and refuses the rest."""
 
+import io
 import random
 
 import albumentations as A
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN_COUNT
+from PIL import Image
 
 from dataset import AUGMENTATIONS, CIFAR10, MEAN, denormalize, eval_transform, make_loaders, train_transform
-from machinery.augmentation import Trivial
+from machinery.augmentation import JPEG, Trivial
 from machinery.sampling import DRAWN_FOR
 from train import Config
 
@@ -111,6 +113,16 @@ def test_corruptions_reach_a_third_of_the_images_and_stay_small():
     difference = np.abs(spoilt.astype(float) - pictures).mean((1, 2, 3))
     assert 0.23 < (difference > 0).mean() < 0.43
     assert difference.max() < 40
+
+
+def test_jpeg_takes_red_for_red():
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[:, 8:, 0] = picture[:, 20:, 2] = 255
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=30)
+    ours, theirs = (one(quality_range=(30, 30), p=1)(image=picture)["image"] for one in (JPEG, A.ImageCompression))
+    wrong, wrong_with_blue = (np.abs(spoilt - np.asarray(Image.open(file), float)).mean() for spoilt in (ours, theirs))
+    assert wrong < 1 < wrong_with_blue
 
 
 def test_transforms_survive_albumentations_own_serialisation():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import few_images, plain, plain_network
+from torch import nn
 from torch.nn import functional as F
 
 from dataset import CIFAR10, Images, make_loader
@@ -78,3 +79,42 @@ def test_images_of_ones_own_calibrate_too():
     images, labels = torch.randint(256, (60, 32, 32, 3), dtype=torch.uint8), torch.arange(60) % 2
     fit(plain(epochs=1, batch_size=20, holdout=20), Net(2), train_set=Images(images, labels, ["a", "b"]))
     assert json.loads(Path("runs/plain/metrics.json").read_text())["temperature"] > 0
+
+
+def test_a_test_set_of_ones_own_is_none_that_was_held_out_whatever_the_settings_say():
+    history = fit(plain(epochs=1, batch_size=8, holdout=4, name="mine"), Net(), **few_images())
+    assert history["tested_on"] == ["test"]
+    assert "temperature" not in json.loads(Path("runs/mine/metrics.json").read_text())
+
+
+@pytest.mark.parametrize("holdout", [8, 4])
+def test_images_that_the_first_weights_may_know_calibrate_nothing(holdout):
+    train_set = CIFAR10().subset(range(16))
+    fit(plain(epochs=1, batch_size=8, holdout=8, name="first"), Net(), train_set=train_set)
+    fit(plain(epochs=1, batch_size=8, holdout=holdout, name="next", weights="runs/first"), train_set=train_set)
+    assert ("temperature" in json.loads(Path("runs/next/metrics.json").read_text())) == (holdout == 8)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_classifier_is_calibrated_whole(bias):
+    net = Net().eval()
+    net.fc = nn.Linear(186, 10, bias=bias)
+    images = torch.randn(2, 3, 32, 32)
+    before = net.logits(images)
+    net.divide_logits(0.5)
+    assert torch.allclose(net.logits(images), 2 * before, atol=1e-6)
+
+
+def test_another_classifier_is_not_calibrated():
+    net, sets = Net(), few_images()
+    net.fc = nn.Sequential(nn.Linear(186, 20), nn.ReLU(), nn.Linear(20, 10))
+    sets["test_set"].is_held_out = True
+    fit(plain(epochs=1, batch_size=8, name="mine"), net, **sets)
+    assert "temperature" not in json.loads(Path("runs/mine/metrics.json").read_text())
+
+
+def test_one_class_is_certain_and_nothing_or_infinite_numbers_are_refused():
+    assert temperature_of(torch.zeros(5, 1), torch.zeros(5, dtype=torch.int64)) == 1
+    for log_probs in (torch.empty(0, 10), torch.tensor([[0.0, -torch.inf]])):
+        with pytest.raises(ValueError, match="finite log-probabilities of at least one image"):
+            temperature_of(log_probs, torch.zeros(len(log_probs), dtype=torch.int64))

@@ -86,6 +86,14 @@ def test_a_cut_keeps_the_parts_before_it_and_others_can_follow(gpu, parts):
     assert json.loads(SAVED.read_text()) == {"good": result(2), "last": result(3)}
 
 
+def test_a_check_that_finds_what_should_not_be_is_told_at_the_end(gpu, parts, capsys):
+    rows = [{"check": name, "found": "", "as it should be": passed} for name, passed in (("one", "no"), ("two", "yes"))]
+    parts.clear()
+    parts["checks"] = lambda bench: [{"rows": rows}]
+    assert gpu.main(["--quick"]) == 1
+    assert "not as it should be: one" in capsys.readouterr().out
+
+
 def test_no_training_begins_that_would_end_too_late(gpu, capsys):
     assert gpu.main(["--quick", "--minutes", "0", "--parts", "3"]) == 0
     assert "no time for seed 0" in capsys.readouterr().out

@@ -262,7 +262,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     for page in PAGES:
         torch.save(model.state_dict(), "runs/NAME/model.pt")
         names = {"__name__": "__main__", "my_network": my_network, "my_loader": my_loader}
-        names["images"] = torch.zeros(2, 3, 32, 32)
+        names |= {"images": torch.zeros(2, 3, 32, 32), "held_out_loader": my_loader, "test_loader": my_loader}
         for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
             needed = re.search(r"^# needs (\w+)", example)
             if needed and not importlib.util.find_spec(needed[1]):
