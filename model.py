@@ -21,7 +21,7 @@ from machinery.weights import WeightsError, load_weights, read_weights
 __all__ = ["Net", "WeightsError", "receptive_field"]
 
 WEIGHTS = Path(__file__).with_name("weights") / "cifar10.pt"  # see weights/README.md
-WEIGHTS_SHA256 = "dd0049bc50d0d5a8165fd83c575b50b6836a3f8349f86c6c754a2a93aaf14eeb"
+WEIGHTS_SHA256 = "18ee081605cc1d5760abcdb9d65f260a68d31f1c325d62faf50a2c97ae5c6ce1"
 
 
 class Net(nn.Module):

@@ -198,6 +198,12 @@ def test_the_card_shows_the_commands_that_trained_the_weights(publish):
             if field in saved and field not in (*FREE, "weights", "epochs"):
                 assert saved[field] == value, field
         assert saved["name"] == shown.name
+    sibling, shown = publish.saved("weights/metrics")["sibling"], parse_args(next(commands).split())
+    for field, value in json.loads(json.dumps(dataclasses.asdict(shown))).items():
+        if field not in FREE:
+            assert sibling["config"][field] == value, field
+    assert len(sibling["history"]["epoch"]) == shown.epochs
+    assert f"of {sibling['temperature']:.3f}," in CARD
     assert next(commands, None) is None
 
 
