@@ -218,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     versions = {"torch": torch.__version__, **machine()}
     print("; ".join([describe_hardware(), *(f"{k.replace('_', ' ')}: {v}" for k, v in versions.items())]), flush=True)
     errors: list[Exception] = []
+    measured: set[str] = set()
     with printed(errors):
         bench.warm_up()
     for number, (name, part) in zip(numbers, PARTS.items(), strict=True):
@@ -227,12 +228,15 @@ def main(arguments: list[str] | None = None) -> int:
         with printed(errors):
             for result in part(bench):
                 results[name] = result
+                measured.add(name)
                 save(results, path)
-        if name in results:
+        if name in measured:
             show(results[name])
         print(f"{time.perf_counter() - bench.started:.0f} s since the start; saved in {path}", flush=True)
     shutil.rmtree(Path("runs", NAME), ignore_errors=True)
-    rows = results.get("checks", {"rows": []})["rows"] if 1 in (options.parts or numbers) else []
+    if kept := [name for name in results if name not in measured]:
+        print(f"kept in {path} from earlier: {', '.join(kept)}")
+    rows = results["checks"]["rows"] if "checks" in measured else []
     if wrong := [row["check"] for row in rows if row["as it should be"] == "no"]:
         print(f"not as it should be: {'; '.join(wrong)}")
     return len(errors) + len(wrong)

@@ -184,13 +184,14 @@ def new_record(config: Config, model: nn.Module, runtime: Runtime) -> dict[str, 
 def _records_of(weights: str) -> list[dict[str, Any]]:
     """Of the runs that these weights went through, the first one first, from the metrics.json beside them.
 
-    Empty if there is none, as for weights that come from elsewhere.
+    Empty if there is none that `fit` wrote, as for weights that come from elsewhere.
     """
     path = Path(__file__).parents[1] / "weights" if weights == "pretrained" else Path(weights)
     try:
         record = json.loads((path / "metrics.json" if path.is_dir() else path.with_name("metrics.json")).read_text())
-        return [*record.pop("before", []), record]
-    except (OSError, ValueError, TypeError, AttributeError):
+        records = [*record.pop("before", []), record]
+        return records if all(run["data"] and {**run["config"]} and {**run["history"]} for run in records) else []
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return []
 
 

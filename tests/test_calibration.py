@@ -1,6 +1,7 @@
 """Probabilities, made right as often as they say."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,12 +88,30 @@ def test_a_test_set_of_ones_own_is_none_that_was_held_out_whatever_the_settings_
     assert "temperature" not in json.loads(Path("runs/mine/metrics.json").read_text())
 
 
-@pytest.mark.parametrize("holdout", [8, 4])
-def test_images_that_the_first_weights_may_know_calibrate_nothing(holdout):
-    train_set = CIFAR10().subset(range(16))
+@pytest.fixture
+def first_run():
+    """The training images of a run that held out eight of them."""
+    train_set = CIFAR10().subset(range(24))
     fit(plain(epochs=1, batch_size=8, holdout=8, name="first"), Net(), train_set=train_set)
-    fit(plain(epochs=1, batch_size=8, holdout=holdout, name="next", weights="runs/first"), train_set=train_set)
-    assert ("temperature" in json.loads(Path("runs/next/metrics.json").read_text())) == (holdout == 8)
+    return train_set
+
+
+@pytest.mark.parametrize(("holdout", "seed", "apart"), [(8, 0, True), (4, 1, True), (12, 0, False)])
+def test_images_that_the_first_weights_may_know_calibrate_nothing(first_run, holdout, seed, apart):
+    settings = {"holdout": holdout, "seed": seed, "weights": "runs/first"}
+    fit(plain(epochs=1, batch_size=8, name="next", **settings), train_set=first_run)
+    assert ("temperature" in json.loads(Path("runs/next/metrics.json").read_text())) == apart
+
+
+@pytest.mark.parametrize("metrics", [None, "{}", '{"accuracy": 0.9}', '{"before": [1], "data": "a"}', "[]"])
+def test_held_out_images_calibrate_nothing_if_nobody_knows_what_the_weights_know(first_run, metrics, capsys):
+    Path("elsewhere").mkdir()
+    shutil.copy("runs/first/model.pt", "elsewhere/best.pt")
+    if metrics:
+        Path("elsewhere/metrics.json").write_text(metrics)
+    fit(plain(epochs=1, batch_size=8, holdout=8, name="next", weights="elsewhere/best.pt"), train_set=first_run)
+    assert "temperature" not in json.loads(Path("runs/next/metrics.json").read_text())
+    assert "not calibrated: the weights that it began with may have been trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -92,6 +92,10 @@ def test_a_check_that_finds_what_should_not_be_is_told_at_the_end(gpu, parts, ca
     parts["checks"] = lambda bench: [{"rows": rows}]
     assert gpu.main(["--quick"]) == 1
     assert "not as it should be: one" in capsys.readouterr().out
+    parts["checks"] = lambda bench: []
+    assert gpu.main(["--quick"]) == 0  # what was found by another call is told as such, and kept
+    assert "from earlier: checks" in capsys.readouterr().out
+    assert json.loads(SAVED.read_text())["checks"]["rows"] == rows
 
 
 def test_no_training_begins_that_would_end_too_late(gpu, capsys):
