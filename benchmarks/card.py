@@ -2,9 +2,9 @@
 
 Accuracy, plain and per class; calibration; and accuracy on test images spoilt in five ways at five strengths, made with
 Albumentations after the idea of CIFAR-10-C (Hendrycks & Dietterich, 2019), whose images these are not. All in fp32.
-With `make card RUN=runs/NAME SIBLING=runs/OTHER`, the weights of a run are first put in the place of those that ship.
-Nothing is left on which they could be calibrated, so this is done by the temperature of the sibling, a run of the same
-recipe that kept training images aside.
+With `make card RUN=runs/NAME SIBLING=runs/OTHER`, the weights of a run are first put in the place of those that ship;
+with RUN="runs/A runs/B", the mean of theirs. Nothing is left on which they could be calibrated, so this is done by the
+temperature of the sibling, a run of the same recipe that kept training images aside.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import albumentations as A
 import numpy as np
@@ -21,13 +23,15 @@ import torch
 from common import FOLDER
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.data import DataLoader
 
 from dataset import CIFAR10, Images, make_loader
 from machinery.augmentation import JPEG
 from machinery.figures import picture_grid
 from machinery.weights import WeightsError
 from model import WEIGHTS, Net
-from train import Config, choose_runtime, describe_hardware, predict
+from train import Config, choose_runtime, describe_hardware, make_loaders, predict
 from utils import expected_calibration_error, per_class_accuracy, plot_reliability
 
 MODEL = FOLDER.parent / "model.py"
@@ -60,28 +64,58 @@ CORRUPTIONS = {
 }
 
 
-def ship(run: Path, sibling: Path) -> None:
-    """Makes the weights of a finished run those that ship, calibrated, and puts their sha256 into model.py.
+def ship(runs: Sequence[Path], sibling: Path, data_dir: str | None = None) -> None:
+    """Makes the mean of the weights of finished runs those that ship, calibrated, and puts their sha256 into model.py.
 
-    The records of both runs go beside them, under the names that their folders have.
+    The records of all runs go beside them, under the names that their folders have; the sibling's as such.
 
     Args:
-        run: On all training images.
+        runs: On all training images. The recipe is that of the last one.
         sibling: Of the same recipe, maybe shorter, but with held-out images.
+        data_dir: Where CIFAR-10 is, of which the mean of several runs needs the training images.
 
     Raises:
         WeightsError: They are no weights of a `Net`.
-        ValueError: The run is not finished, or did not train on all of CIFAR-10's training images and nothing else; or
+        ValueError: A run is not finished, or did not train on all of CIFAR-10's training images and nothing else; or
             the sibling is none.
     """
-    net, record = Net.from_pretrained(run / "model.pt"), json.loads((run / "metrics.json").read_text())
-    other = json.loads((sibling / "metrics.json").read_text())
-    settings, others = ({**DEFAULT, **found["config"]} for found in (record, other))
+    nets = [Net.from_pretrained(run / "model.pt") for run in runs]
+    records = [record_of(run) for run in runs]
+    for run, record in zip(runs, records, strict=True):
+        refuse_other_images(run, record)
+    last, other = records[-1], record_of(sibling)
+    refuse_no_sibling(sibling, other, runs[-1], last)
+    net = nets[0]
+    if len(runs) > 1:
+        chosen = {name: value for name, value in last["config"].items() if name in ("augment", "padding", "seed")}
+        net = mean_of(nets, make_loaders(Config(data_dir=data_dir, **chosen))[0])
+        last |= {"before": all_before(records), "mean_of": [record["config"]["name"] for record in records]}
+    net.divide_logits(other["temperature"])
+    torch.save(net.state_dict(), WEIGHTS)
+    WEIGHTS.with_name("metrics.json").write_text(json.dumps({**last, "sibling": other}, indent=1) + "\n")
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    MODEL.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', MODEL.read_text()))
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """Its metrics.json, with its name, which the settings lack if it is the default."""
+    record = json.loads((run / "metrics.json").read_text())
+    record["config"]["name"] = run.resolve().name
+    return record
+
+
+def refuse_other_images(run: Path, record: dict[str, Any]) -> None:
+    """Raises ValueError if it is not finished, or may have trained on other images than all of CIFAR-10's."""
     done, config = len(record["history"]["epoch"]), record["config"]
     if done < config["epochs"] or record["data"] != "cifar10" or config["holdout"]:
         raise ValueError(f"{run}: {done} of {config['epochs']} epochs on {record['data']}, holdout {config['holdout']}")
     if (config["weights"] and not record["before"]) or any(other["data"] != "cifar10" for other in record["before"]):
         raise ValueError(f"{run}: it began with {config['weights']}, trained on other images or nobody knows on which")
+
+
+def refuse_no_sibling(sibling: Path, other: dict[str, Any], run: Path, record: dict[str, Any]) -> None:
+    """Raises ValueError if `other`, the record of `sibling`, has no temperature that may calibrate this run."""
+    settings, others = ({**DEFAULT, **found["config"]} for found in (record, other))
     unlike = [f"{name} is {others[name]}, not {settings[name]}" for name in RECIPE if others[name] != settings[name]]
     if other["data"] != "cifar10" or unlike:
         raise ValueError(f"{sibling} is no sibling of {run}: {'; '.join(unlike) or 'it trained on other images'}")
@@ -89,13 +123,31 @@ def ship(run: Path, sibling: Path) -> None:
         raise ValueError(f"{sibling} began with {others['weights']}, which may know the images it held out; train anew")
     if "temperature" not in other:
         raise ValueError(f"{sibling} has no temperature: train it to its end with --holdout 5000")
-    for folder, found in ((run, record), (sibling, other)):
-        found["config"]["name"] = folder.resolve().name  # the default name is not in the settings
-    net.divide_logits(other["temperature"])
-    torch.save(net.state_dict(), WEIGHTS)
-    WEIGHTS.with_name("metrics.json").write_text(json.dumps({**record, "sibling": other}, indent=1) + "\n")
-    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-    MODEL.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', MODEL.read_text()))
+
+
+def all_before(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that these went through, and these, each once; but the last of them."""
+    runs: list[dict[str, Any]] = []
+    for record in records:
+        own = {field: value for field, value in record.items() if field != "before"}
+        runs += [run for run in (*record["before"], own) if run not in runs]
+    return runs[:-1]
+
+
+def mean_of(nets: list[Net], loader: DataLoader) -> Net:
+    """A network with the mean of these weights (Wortsman et al., 2022), and with BatchNorm statistics of its own.
+
+    They should have trained on from the same weights, and not for too long; of others, the mean is good for nothing
+    (Frankle et al., 2020).
+
+    Args:
+        loader: Of the training images, over which the statistics are taken.
+    """
+    mean = AveragedModel(nets[0])
+    for net in nets:
+        mean.update_parameters(net)
+    update_bn(loader, mean.module)
+    return cast(Net, mean.module)
 
 
 def log_probs_of(model: nn.Module, dataset: Images) -> Tensor:
@@ -159,7 +211,7 @@ def measure(model: nn.Module, test_set: Images) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, metavar="DIR", help="ship the weights of this run in the place of others")
+    parser.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="ship the mean of the weights of these runs")
     parser.add_argument("--sibling", type=Path, metavar="DIR", help="calibrated by the temperature of this run")
     parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is; then $CIFAR10_ROOT, then ./data")
     options = parser.parse_args()
@@ -167,7 +219,7 @@ def main() -> None:
         parser.error("give both --run and --sibling, or none of them")
     if options.run:
         try:
-            ship(options.run, options.sibling)
+            ship(options.run, options.sibling, options.data_dir)
         except (ValueError, OSError, WeightsError) as error:
             parser.error(str(error))
     result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(options.data_dir, train=False))

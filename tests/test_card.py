@@ -71,7 +71,7 @@ def test_weights_of_a_run_ship_calibrated_with_their_sha256(card, tmp_path):
     run, sibling = tmp_path / "runs/a", tmp_path / "runs/b"
     net, other = save_run(run), save_sibling(sibling, epochs=1)
     (tmp_path / "model.py").write_text('A = 1\nWEIGHTS_SHA256 = ""\n')
-    card.ship(run, sibling)
+    card.ship([run], sibling)
     shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
     for name, value in shipped.state_dict().items():
         assert torch.equal(value, net.state_dict()[name] / (0.5 if name == "fc.weight" else 1)), name
@@ -93,15 +93,44 @@ def test_weights_of_a_run_ship_calibrated_with_their_sha256(card, tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "corruptions.png"}
 
 
+def test_the_mean_of_several_runs_ships_with_the_records_of_all(card, tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "make_loaders", lambda config: ([(images, None)], None))
+    images = torch.randn(100, 3, 32, 32)
+    (tmp_path / "model.py").write_text('WEIGHTS_SHA256 = ""\n')
+    start = record(name="start", seed=3)
+    nets = [save_run(tmp_path / name, weights="runs/start", before=[start]) for name in ("a", "b", "c")]
+    other = save_sibling(tmp_path / "sibling")
+    card.ship([tmp_path / name for name in ("a", "b", "c")], tmp_path / "sibling")
+    shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
+    for name, parameter in shipped.named_parameters():
+        mean = sum(net.get_parameter(name) for net in nets) / 3
+        assert torch.allclose(parameter, mean / (0.5 if name == "fc.weight" else 1), atol=1e-6), name
+    assert not shipped.training
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert [run["config"]["name"] for run in saved["before"]] == ["start", "a", "b"]
+    assert saved["config"]["name"] == "c"
+    assert saved["mean_of"] == ["a", "b", "c"]
+    assert saved["sibling"]["temperature"] == other["temperature"]
+
+
+def test_the_mean_of_networks_has_the_statistics_of_its_own_maps(card):
+    nets, images = [Net(), Net()], torch.randn(200, 3, 32, 32)
+    mean = card.mean_of([net.eval() for net in nets], [(images, None)])
+    conv, norm = mean.c1[0].conv, mean.c1[0].bn
+    maps = conv(images)
+    assert torch.allclose(norm.running_mean, maps.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(norm.running_var, maps.var((0, 2, 3)), rtol=1e-3)
+
+
 @pytest.mark.parametrize("other", [{"cutmix": 0.0}, {"augment": ["crop"]}, {"data": "synthetic"}])
 def test_a_run_of_another_recipe_or_data_calibrates_nothing(card, tmp_path, other):
     save_run(tmp_path / "a")
     save_sibling(tmp_path / "b", **other)
     with pytest.raises(ValueError, match=r"b is no sibling of .*a: (cutmix is|augment is|it trained on other images)"):
-        card.ship(tmp_path / "a", tmp_path / "b")
+        card.ship([tmp_path / "a"], tmp_path / "b")
     save_run(tmp_path / "c")
     with pytest.raises(ValueError, match="c has no temperature: train it to its end with --holdout"):
-        card.ship(tmp_path / "a", tmp_path / "c")
+        card.ship([tmp_path / "a"], tmp_path / "c")
     assert not (tmp_path / "cifar10.pt").exists()
 
 
@@ -119,5 +148,5 @@ def test_unfinished_runs_and_those_on_other_images_do_not_ship(card, tmp_path, r
     save_run(tmp_path, **run)
     save_sibling(tmp_path / "sibling")
     with pytest.raises(ValueError, match=r"of 3 epochs|synthetic|holdout 5000|began with (mine|runs/a/model).pt"):
-        card.ship(tmp_path, tmp_path / "sibling")
+        card.ship([tmp_path], tmp_path / "sibling")
     assert not (tmp_path / "cifar10.pt").exists()
