@@ -182,7 +182,7 @@ def test_the_commands_shown_are_accepted(monkeypatch):
 
 def test_the_card_shows_the_commands_that_trained_the_weights(publish):
     commands = iter(re.findall(r"^python train\.py (.*)$", CARD, re.MULTILINE))
-    before = None
+    names: list[str] = []
     for run in publish.long_runs():
         saved, rates = run["config"], run["history"]["lr"]
         shown = parse_args(next(commands).split())
@@ -192,13 +192,15 @@ def test_the_card_shows_the_commands_that_trained_the_weights(publish):
             assert name == shown.name
             planned += [int(epochs)] * (int(epochs) - len(planned))
         assert rates == pytest.approx([shown.lr * (1 - k / epochs) for k, epochs in enumerate(planned)])
-        assert shown.weights == (f"runs/{before}/model.pt" if before else None)
-        before = shown.name
+        assert shown.weights in ([f"runs/{name}/model.pt" for name in names] or [None])
+        names.append(shown.name)
         for field, value in json.loads(json.dumps(dataclasses.asdict(shown))).items():
             if field in saved and field not in (*FREE, "weights", "epochs"):
                 assert saved[field] == value, field
         assert saved["name"] == shown.name
-    sibling, shown = publish.saved("weights/metrics")["sibling"], parse_args(next(commands).split())
+    record = publish.saved("weights/metrics")
+    assert f'make card RUN="{" ".join(f"runs/{name}" for name in record["mean_of"])}" SIBLING=runs/sibling' in CARD
+    sibling, shown = record["sibling"], parse_args(next(commands).split())
     for field, value in json.loads(json.dumps(dataclasses.asdict(shown))).items():
         if field not in FREE:
             assert sibling["config"][field] == value, field
@@ -260,6 +262,9 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     model = Net()
     my_network = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10))
     train.fit(Config(name="NAME", epochs=1, batch_size=100, workers=0), my_network)
+    for name in ("first", "second"):
+        Path("runs", name).mkdir()
+        torch.save(model.state_dict(), f"runs/{name}/model.pt")
     Image.new("RGB", (60, 40)).save("photo.jpg")
     my_loader = DataLoader(TensorDataset(torch.randn(20, 3, 32, 32), torch.arange(20) % 2), batch_size=10)
     small = {"Config(epochs=40)": "Config(epochs=1, batch_size=100, workers=0)", "workers=2": "workers=0"}
@@ -284,5 +289,6 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     assert found["README.md"]["net"].fc.weight.shape == (2, model.fc.in_features)
     assert Path("log.csv").read_text().count("\n") == 3  # a head and two epochs
     assert Path("answers.png").stat().st_size > 1000
+    assert torch.equal(found["docs/training.md"]["mean"].module.fc.weight, model.fc.weight)
     assert next(iter(found["docs/data.md"]["loader"]))[0].shape == (128, 3, 32, 32)
     assert torch.equal(found["weights/README.md"]["mine"].fc.weight, model.fc.weight)
