@@ -77,12 +77,13 @@ def choose_runtime(device: str = "auto", precision: str = "auto", layout: str = 
         )
     return Runtime(
         torch.device(device),
-        precision=_fastest_precision(device) if precision == "auto" else precision,
+        precision=fastest_precision(device) if precision == "auto" else precision,
         channels_last=device != "mps" if layout == "auto" else layout == "channels_last",
     )
 
 
-def _fastest_precision(device: str) -> str:
+def fastest_precision(device: str) -> str:
+    """What `choose_runtime` takes on the devices of this kind; bf16 only where it is not emulated."""
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"

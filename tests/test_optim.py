@@ -82,10 +82,12 @@ def test_depthwise_and_zero_filters_of_other_networks_train():
 
 
 def test_directions_without_bf16_are_those_with_it(monkeypatch):
-    matrices = torch.randn(3, 40, 90)
-    in_bf16 = orthogonalize(matrices)
-    monkeypatch.setattr("machinery.optim._is_emulated", lambda device: True)
-    in_fp32 = orthogonalize(matrices)
+    matrices, directions = torch.randn(3, 40, 90), {}
+    for precision in ("bf16", "fp16", "fp32"):
+        monkeypatch.setattr("machinery.optim.fastest_precision", lambda device, precision=precision: precision)
+        directions[precision] = orthogonalize(matrices)
+    assert torch.equal(directions["fp16"], directions["fp32"]), "fp16 has too small a range"
+    in_bf16, in_fp32 = directions["bf16"], directions["fp32"]
     assert not torch.equal(in_bf16, in_fp32)
     cosine = (in_bf16 * in_fp32).sum((1, 2)) / (in_bf16.norm(dim=(1, 2)) * in_fp32.norm(dim=(1, 2)))
     assert (1 - cosine).max() < 1e-2
