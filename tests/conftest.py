@@ -1,10 +1,11 @@
 """A tiny CIFAR-10 in the real on-disk format, on which every test runs; no test needs a network."""
 
+import contextlib
 import hashlib
 import os
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # a test may import it before `tra
 import nbformat
 import torch
 from matplotlib.figure import Figure
-from small_runs import quick, small_network, weights
+from small_runs import plain, quick, small_network, weights
 from torch import Tensor
 from torchvision import datasets
 
+from dataset import CIFAR10
 from machinery.data import ARCHIVE, FOLDER, draw_synthetic
+from model import Net
 from train import fit
 
 TRAIN_COUNT, TEST_COUNT = 200, 100
@@ -124,17 +127,30 @@ def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.plot_curves", lambda history: Figure())
 
 
+@contextlib.contextmanager
+def tiny_cifar10_in(folder: Path, tiny: TinyCIFAR10) -> Iterator[None]:
+    """What `tiny_root` does for each test, for what several tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in tiny.expectations().items():
+            patch.setattr(datasets.CIFAR10, name, value)
+        patch.setenv("CIFAR10_ROOT", str(tiny.root))
+        patch.chdir(folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny: TinyCIFAR10) -> tuple[Tensor, dict]:
     """The weights and the history of a small run that nobody stopped."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("uninterrupted"))
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in tiny.expectations().items():
-                patch.setattr("torchvision.datasets.CIFAR10." + name, value)
-            model = small_network()
-            history = fit(quick(data_dir=tiny.root), model)
-    finally:
-        os.chdir(before)
+    with tiny_cifar10_in(tmp_path_factory.mktemp("uninterrupted"), tiny):
+        model = small_network()
+        history = fit(quick(), model)
     return weights(model), history
+
+
+@pytest.fixture(scope="session")
+def held_out_run(tmp_path_factory: pytest.TempPathFactory, tiny: TinyCIFAR10) -> Path:
+    """The folder of a run of `Net` on the first 24 training images, of which it held out eight."""
+    folder = tmp_path_factory.mktemp("held-out")
+    with tiny_cifar10_in(folder, tiny):
+        fit(plain(epochs=1, batch_size=8, holdout=8, name="first"), Net(), train_set=CIFAR10().subset(range(24)))
+    return folder / "runs/first"
