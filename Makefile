@@ -16,7 +16,7 @@ help:
 	@echo "make train   train from the command line with the default settings"
 	@echo "make lint    check style, formatting and types"
 	@echo "make results take finished runs of the default settings from runs/ into the repository, then make readme"
-	@echo "make card    measure the trained weights (RUN=runs/NAME SIBLING=runs/OTHER: those of that run, which then ship), then make readme"
+	@echo "make card    measure the trained weights (RUN='runs/A runs/B' SIBLING=runs/OTHER: the mean of these, or those of one, which then ship), then make readme"
 	@echo "make readme  write saved numbers and pictures into the pages and the notebook"
 	@echo "make clean   delete the environment and caches; runs/ and data/ stay"
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from dataset import CIFAR10, Images, make_loader
 from machinery.augmentation import JPEG
+from machinery.errors import DataError
 from machinery.figures import picture_grid
 from machinery.weights import WeightsError
 from model import WEIGHTS, Net
@@ -70,14 +71,15 @@ def ship(runs: Sequence[Path], sibling: Path, data_dir: str | None = None) -> No
     The records of all runs go beside them, under the names that their folders have; the sibling's as such.
 
     Args:
-        runs: On all training images. The recipe is that of the last one.
-        sibling: Of the same recipe, maybe shorter, but with held-out images.
+        runs: On all training images.
+        sibling: Of the recipe of the last run, maybe shorter, but with held-out images.
         data_dir: Where CIFAR-10 is, of which the mean of several runs needs the training images.
 
     Raises:
+        DataError: CIFAR-10 is needed and missing or damaged.
         WeightsError: They are no weights of a `Net`.
-        ValueError: A run is not finished, or did not train on all of CIFAR-10's training images and nothing else; or
-            the sibling is none.
+        ValueError: A run is named twice, is not finished, or did not train on all of CIFAR-10's training images and
+            nothing else; or the sibling is none.
     """
     nets = [Net.from_pretrained(run / "model.pt") for run in runs]
     records = [record_of(run) for run in runs]
@@ -85,11 +87,16 @@ def ship(runs: Sequence[Path], sibling: Path, data_dir: str | None = None) -> No
         refuse_other_images(run, record)
     last, other = records[-1], record_of(sibling)
     refuse_no_sibling(sibling, other, runs[-1], last)
-    net = nets[0]
-    if len(runs) > 1:
-        chosen = {name: value for name, value in last["config"].items() if name in ("augment", "padding", "seed")}
-        net = mean_of(nets, make_loaders(Config(data_dir=data_dir, **chosen))[0])
-        last |= {"before": all_before(records), "mean_of": [record["config"]["name"] for record in records]}
+    names = [record["config"]["name"] for record in records]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each run counts once, got {', '.join(names)}")
+    if len(runs) == 1:
+        net = nets[0]
+    else:  # the images of the last run, but without CutMix
+        settings = {**DEFAULT, **last["config"]}
+        images = {name: settings[name] for name in ("augment", "padding", "seed")}
+        net = mean_of(nets, make_loaders(Config(data_dir=data_dir, **images))[0])
+    last |= {"before": all_before(records), "mean_of": names}
     net.divide_logits(other["temperature"])
     torch.save(net.state_dict(), WEIGHTS)
     WEIGHTS.with_name("metrics.json").write_text(json.dumps({**last, "sibling": other}, indent=1) + "\n")
@@ -126,12 +133,16 @@ def refuse_no_sibling(sibling: Path, other: dict[str, Any], run: Path, record: d
 
 
 def all_before(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that these went through, and these, each once; but the last of them."""
+    """The runs that these went through, and these, each once; but the last of these."""
     runs: list[dict[str, Any]] = []
+    known = [records[-1]["history"]]  # two runs have the same seconds by no chance
     for record in records:
         own = {field: value for field, value in record.items() if field != "before"}
-        runs += [run for run in (*record["before"], own) if run not in runs]
-    return runs[:-1]
+        for run in (*record["before"], own):
+            if run["history"] not in known:
+                runs.append(run)
+                known.append(run["history"])
+    return runs
 
 
 def mean_of(nets: list[Net], loader: DataLoader) -> Net:
@@ -220,7 +231,7 @@ def main() -> None:
     if options.run:
         try:
             ship(options.run, options.sibling, options.data_dir)
-        except (ValueError, OSError, WeightsError) as error:
+        except (ValueError, OSError, DataError, WeightsError) as error:
             parser.error(str(error))
     result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(options.data_dir, train=False))
     WEIGHTS.with_name("card.json").write_text(json.dumps(result, indent=1) + "\n")

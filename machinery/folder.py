@@ -19,7 +19,7 @@ from torch import nn
 
 from machinery import files, machines, processes
 from machinery.errors import CheckpointError, SettingError
-from machinery.runtime import Runtime, describe_hardware
+from machinery.runtime import Runtime, describe_hardware, fastest_precision
 from machinery.settings import FREE, Config, settings_of
 
 FILES = ("last.pt", "metrics.json", "curves.png", "model.pt")
@@ -209,7 +209,8 @@ def facts_of(config: Config, runtime: Runtime) -> dict[str, str]:
     own = ("data_dir", "workers")
     settings = {name: repr(value) for name, value in dataclasses.asdict(config).items() if name not in own}
     versions = {name: value for name, value in _versions().items() if name != "python"}
-    return {**versions, "the arithmetic": str(runtime), **settings, **machines.code()}
+    arithmetic = {"the arithmetic": str(runtime), "the optimizer's precision": fastest_precision(runtime.device.type)}
+    return {**versions, **arithmetic, **settings, **machines.code()}
 
 
 def refuse_other_settings(config: Config, saved: dict[str, Any], folder: Path) -> None:

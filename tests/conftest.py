@@ -109,33 +109,30 @@ def tiny_notebook(tiny: TinyCIFAR10, monkeypatch: pytest.MonkeyPatch) -> nbforma
     return notebook
 
 
+@contextlib.contextmanager
+def tiny_cifar10_in(folder: Path, tiny: TinyCIFAR10) -> Iterator[None]:
+    """Inside the `with`, CIFAR-10 is the tiny one, the network is out of reach, and runs go to this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in tiny.expectations().items():
+            patch.setattr(datasets.CIFAR10, name, value)
+        patch.setenv("CIFAR10_ROOT", str(tiny.root))
+        patch.setenv("CIFAR10_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
+        patch.chdir(folder)
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def tiny_root(tiny: TinyCIFAR10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs each test in an empty folder, where CIFAR-10 is the tiny one and the network is out of reach."""
-    for name, value in tiny.expectations().items():
-        monkeypatch.setattr(datasets.CIFAR10, name, value)
-    monkeypatch.setenv("CIFAR10_ROOT", str(tiny.root))
-    monkeypatch.setenv("CIFAR10_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    return tiny.root
+def tiny_root(tiny: TinyCIFAR10, tmp_path: Path) -> Iterator[Path]:
+    """Runs each test in an empty folder, on the tiny CIFAR-10."""
+    with tiny_cifar10_in(tmp_path, tiny):
+        yield tiny.root
 
 
 @pytest.fixture
 def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the curves would take most of the time of a small run."""
     monkeypatch.setattr("utils.plot_curves", lambda history: Figure())
-
-
-@contextlib.contextmanager
-def tiny_cifar10_in(folder: Path, tiny: TinyCIFAR10) -> Iterator[None]:
-    """What `tiny_root` does for each test, for what several tests share."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in tiny.expectations().items():
-            patch.setattr(datasets.CIFAR10, name, value)
-        patch.setenv("CIFAR10_ROOT", str(tiny.root))
-        patch.chdir(folder)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,11 @@ def card(monkeypatch, tmp_path):
     return card
 
 
-def record(data: str = "cifar10", before: tuple[dict, ...] = (), **settings) -> dict:
+def record(data: str = "cifar10", before: tuple[dict, ...] = (), seconds: float = 1, **settings) -> dict:
     """What is read of the metrics.json of a run of two epochs, of the given settings."""
     config = {"epochs": 2, "holdout": 0, "weights": None, "name": None, **RECIPE, **settings}
-    return {"data": data, "before": list(before), "history": {"epoch": [1, 2]}, "config": config}
+    history = {"epoch": [1, 2], "seconds": [seconds, 2 * seconds]}
+    return {"data": data, "before": list(before), "history": history, "config": config}
 
 
 def save_run(folder: Path, **settings) -> Net:
@@ -79,6 +80,7 @@ def test_weights_of_a_run_ship_calibrated_with_their_sha256(card, tmp_path):
     assert (tmp_path / "model.py").read_text() == f'A = 1\nWEIGHTS_SHA256 = "{digest}"\n'
     assert json.loads((tmp_path / "metrics.json").read_text()) == {
         **record(name="a"),
+        "mean_of": ["a"],
         "sibling": {**other, "config": {**other["config"], "name": "b"}},
     }
 
@@ -94,23 +96,26 @@ def test_weights_of_a_run_ship_calibrated_with_their_sha256(card, tmp_path):
 
 
 def test_the_mean_of_several_runs_ships_with_the_records_of_all(card, tmp_path, monkeypatch):
-    monkeypatch.setattr(card, "make_loaders", lambda config: ([(images, None)], None))
-    images = torch.randn(100, 3, 32, 32)
+    asked, images = [], torch.randn(100, 3, 32, 32)
+    monkeypatch.setattr(card, "make_loaders", lambda config: asked.append(config) or ([(images, None)], None))
     (tmp_path / "model.py").write_text('WEIGHTS_SHA256 = ""\n')
-    start = record(name="start", seed=3)
-    nets = [save_run(tmp_path / name, weights="runs/start", before=[start]) for name in ("a", "b", "c")]
+    start = record(seconds=2)  # its name was the default one
+    a = save_run(tmp_path / "a", weights="runs/start", before=[start], seconds=3)
+    before = [start, record(weights="runs/start", seconds=3)]
+    b = save_run(tmp_path / "b", weights="runs/a", before=before, seconds=4, augment=["crop", "flip", "corrupt"])
     other = save_sibling(tmp_path / "sibling")
-    card.ship([tmp_path / name for name in ("a", "b", "c")], tmp_path / "sibling")
+    card.ship([tmp_path / "b", tmp_path / "a"], tmp_path / "sibling", "where it is")
+    assert [(Path(config.data_dir).name, list(config.augment)) for config in asked] == [("where it is", ["crop", "flip"])]
     shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
     for name, parameter in shipped.named_parameters():
-        mean = sum(net.get_parameter(name) for net in nets) / 3
+        mean = (a.get_parameter(name) + b.get_parameter(name)) / 2
         assert torch.allclose(parameter, mean / (0.5 if name == "fc.weight" else 1), atol=1e-6), name
-    assert not shipped.training
     saved = json.loads((tmp_path / "metrics.json").read_text())
-    assert [run["config"]["name"] for run in saved["before"]] == ["start", "a", "b"]
-    assert saved["config"]["name"] == "c"
-    assert saved["mean_of"] == ["a", "b", "c"]
+    assert [run["history"]["seconds"][0] for run in [*saved["before"], saved]] == [2, 4, 3]
+    assert saved["mean_of"] == ["b", "a"]
     assert saved["sibling"]["temperature"] == other["temperature"]
+    with pytest.raises(ValueError, match="each run counts once, got a, a"):
+        card.ship([tmp_path / "a", tmp_path / "a"], tmp_path / "sibling")
 
 
 def test_the_mean_of_networks_has_the_statistics_of_its_own_maps(card):

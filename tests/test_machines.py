@@ -72,13 +72,16 @@ def test_on_one_machine_nothing_is_asked(monkeypatch):
     assert not Path("runs").exists()
 
 
-def test_all_settings_but_those_of_a_machine_have_to_be_the_same_and_so_has_the_code():
+def test_all_settings_but_those_of_a_machine_have_to_be_the_same_and_so_has_the_code(monkeypatch):
     runtime = choose_runtime("cpu", "fp32")
     facts = facts_of(Config(), runtime)
     assert facts == facts_of(Config(workers=3, data_dir="elsewhere"), runtime)
     assert facts != facts_of(Config(save_minutes=1), runtime)
     assert facts["torch"]
     assert facts["the arithmetic"] == "cpu, fp32, channels_last"
+    for capabilities, precision in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert facts_of(Config(), runtime)["the optimizer's precision"] == precision
     for name in ("model.py", "machinery/machines.py"):
         assert facts[name] == hashlib.sha256((REPOSITORY / name).read_bytes()).hexdigest()[:8]
     assert not [name for name in facts if "site-packages" in name]

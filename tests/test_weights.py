@@ -296,7 +296,11 @@ def test_the_weights_that_ship_are_plain_tensors_under_10_mb_and_those_of_the_ca
     assert card["sha256"] == model.WEIGHTS_SHA256
     run = json.loads((REPOSITORY / "weights/metrics.json").read_text())
     runs = [*run["before"], run]
-    assert all((run["data"], run["config"].get("holdout", 0)) == ("cifar10", 0) for run in runs)
-    assert card["accuracy"] > max(run["history"]["test_accuracy"][-1] for run in runs), "the mean is better than each"
+    assert all((other["data"], other["config"].get("holdout", 0)) == ("cifar10", 0) for other in runs)
+    best = max(other["history"]["test_accuracy"][-1] for other in runs)
+    if len(run["mean_of"]) > 1:
+        assert card["accuracy"] > best, "the card says so of the mean"
+    else:
+        assert abs(card["accuracy"] - run["history"]["test_accuracy"][-1]) < 0.15  # fp32 against the run's precision
     assert 0 < card["mean_confidence"] - card["accuracy"] < 2, "weights/README.md says: a little too sure"
     assert card["expected_calibration_error"] <= 2
