@@ -104,8 +104,8 @@ def test_the_mean_of_several_runs_ships_with_the_records_of_all(card, tmp_path, 
     before = [start, record(weights="runs/start", seconds=3)]
     b = save_run(tmp_path / "b", weights="runs/a", before=before, seconds=4, augment=["crop", "flip", "corrupt"])
     other = save_sibling(tmp_path / "sibling")
-    card.ship([tmp_path / "b", tmp_path / "a"], tmp_path / "sibling", "where it is")
-    assert [(Path(config.data_dir).name, list(config.augment)) for config in asked] == [("where it is", ["crop", "flip"])]
+    card.ship([tmp_path / "b", tmp_path / "a"], tmp_path / "sibling", "data")
+    assert [(Path(config.data_dir).name, list(config.augment)) for config in asked] == [("data", ["crop", "flip"])]
     shipped = Net.from_pretrained(tmp_path / "cifar10.pt")
     for name, parameter in shipped.named_parameters():
         mean = (a.get_parameter(name) + b.get_parameter(name)) / 2
