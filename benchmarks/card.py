@@ -8,7 +8,6 @@ temperature of the sibling, a run of the same recipe that kept training images a
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import random
@@ -20,7 +19,7 @@ from typing import Any, cast
 import albumentations as A
 import numpy as np
 import torch
-from common import FOLDER
+from common import DEFAULT, FOLDER, record_of
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -36,7 +35,6 @@ from train import Config, choose_runtime, describe_hardware, make_loaders, predi
 from utils import expected_calibration_error, per_class_accuracy, plot_reliability
 
 MODEL = FOLDER.parent / "model.py"
-DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # for records from before a setting was there
 RECIPE = "augment", "padding", "cutmix", "label_smoothing", "batch_size"  # what decides how sure a network becomes
 
 
@@ -82,10 +80,10 @@ def ship(runs: Sequence[Path], sibling: Path, data_dir: str | None = None) -> No
             nothing else; or the sibling is none.
     """
     nets = [Net.from_pretrained(run / "model.pt") for run in runs]
-    records = [record_of(run) for run in runs]
+    records = [named_record_of(run) for run in runs]
     for run, record in zip(runs, records, strict=True):
         refuse_other_images(run, record)
-    last, other = records[-1], record_of(sibling)
+    last, other = records[-1], named_record_of(sibling)
     refuse_no_sibling(sibling, other, runs[-1], last)
     names = [record["config"]["name"] for record in records]
     if len(set(names)) < len(names):
@@ -93,7 +91,7 @@ def ship(runs: Sequence[Path], sibling: Path, data_dir: str | None = None) -> No
     if len(runs) == 1:
         net = nets[0]
     else:  # the images of the last run, but without CutMix
-        settings = {**DEFAULT, **last["config"]}
+        settings = {**DEFAULT, **last["config"]}  # of which a record lacks those that came later
         images = {name: settings[name] for name in ("augment", "padding", "seed")}
         net = mean_of(nets, make_loaders(Config(data_dir=data_dir, **images))[0])
     last |= {"before": all_before(records), "mean_of": names}
@@ -104,9 +102,9 @@ def ship(runs: Sequence[Path], sibling: Path, data_dir: str | None = None) -> No
     MODEL.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', MODEL.read_text()))
 
 
-def record_of(run: Path) -> dict[str, Any]:
-    """Its metrics.json, with its name, which the settings lack if it is the default."""
-    record = json.loads((run / "metrics.json").read_text())
+def named_record_of(run: Path) -> dict[str, Any]:
+    """Its record with its name, which the settings lack if it is the default."""
+    record = record_of(run)
     record["config"]["name"] = run.resolve().name
     return record
 

@@ -26,6 +26,7 @@ from train import (  # noqa: E402
 )
 
 K = TypeVar("K")
+DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # settings as a metrics.json has them
 
 
 def alternate(candidates: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[float]]:
@@ -90,6 +91,14 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch_size
     options["label_smoothing"] = Config().label_smoothing
     one_batch = DataLoader(TensorDataset(images[None], labels[None]), batch_size=None)
     return lambda: train_one_epoch(model, one_batch, optimizer, **options)
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """The metrics.json of a run, as it may be published: without where the images lay, in the runs before it, too."""
+    record = json.loads((run / "metrics.json").read_text())
+    for one in (record, *record["before"]):
+        one["config"]["data_dir"] = None
+    return record
 
 
 def taken_up(config: Config) -> Config:

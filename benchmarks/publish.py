@@ -8,7 +8,6 @@ runs/S9_Final.ipynb, which `make run` wrote, becomes the committed notebook; bot
 
 import argparse
 import base64
-import dataclasses
 import io
 import json
 import re
@@ -18,13 +17,12 @@ from pathlib import Path
 
 import nbformat
 from baselines import airbench94_muon_network, original_network
-from common import FOLDER, as_mean, as_text, multiply_adds
+from common import DEFAULT, FOLDER, as_mean, as_text, multiply_adds, record_of
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 
 from machinery.settings import FREE
 from model import Net
-from train import Config
 from utils import ORIGINAL_ACCURACY, plot_architecture, plot_curves
 
 REPOSITORY = FOLDER.parent
@@ -32,16 +30,15 @@ RESULTS, NOTEBOOK = REPOSITORY / "results", REPOSITORY / "S9_Final.ipynb"
 PATTERNS = "README.md", "docs/*.md", "benchmarks/README.md", "weights/README.md"
 PAGES = [page for pattern in PATTERNS for page in sorted(REPOSITORY.glob(pattern))]
 COLOURS = 192  # of a picture in the notebook, whose file is to stay below 500 KB
-DEFAULT = json.loads(json.dumps(dataclasses.asdict(Config())))  # settings as a metrics.json has them
 
 
 def take(runs: Path) -> None:
     """Takes finished runs of the default settings, and the notebook, from this folder into the repository."""
     for path in sorted(runs.glob("cifar10-seed*/metrics.json"), key=lambda path: path.stat().st_mtime):
-        run = json.loads(path.read_text())
+        run = record_of(path.parent)
         if is_default(run):
             target = RESULTS / f"cifar10-seed{run['config']['seed']}.json"
-            target.write_text(path.read_text())
+            target.write_text(json.dumps(run, indent=1) + "\n")
             print(f"{path.parent.name}: {run['history']['test_accuracy'][-1]:.2f} %, to {target.name}")
     if (executed := runs / NOTEBOOK.name).exists():
         notebook = nbformat.read(executed, as_version=4)
@@ -214,6 +211,7 @@ def weights() -> str:
 
 def recipe() -> str:
     """What the runs took that trained the weights, and what they gave."""
+    runs, measured = long_runs(), saved("weights/card")
     rows = [
         (
             f"`{run['config']['name']}`",
@@ -221,9 +219,9 @@ def recipe() -> str:
             *(f"{run['history'][column][-1]:.2f} %" for column in ("train_accuracy", "test_accuracy")),
             f"{run['hardware']}; {run['runtime']}; torch {run['versions']['torch']}",
         )
-        for run in long_runs()
+        for run in runs
     ]
-    measured, names = saved("weights/card"), [f"`{name}`" for name in saved("weights/metrics")["mean_of"]]
+    names = [f"`{name}`" for name in runs[-1]["mean_of"]]
     if len(names) > 1:
         accuracy, where = f"**{measured['accuracy']:.2f} %**", f"measured on {measured['hardware']}; cpu, fp32"
         rows.append((f"the mean of {', '.join(names)}", "", "", "", accuracy, where))

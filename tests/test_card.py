@@ -27,7 +27,7 @@ def card(monkeypatch, tmp_path):
 
 def record(data: str = "cifar10", before: tuple[dict, ...] = (), seconds: float = 1, **settings) -> dict:
     """What is read of the metrics.json of a run of two epochs, of the given settings."""
-    config = {"epochs": 2, "holdout": 0, "weights": None, "name": None, **RECIPE, **settings}
+    config = {"data_dir": None, "epochs": 2, "holdout": 0, "weights": None, "name": None, **RECIPE, **settings}
     history = {"epoch": [1, 2], "seconds": [seconds, 2 * seconds]}
     return {"data": data, "before": list(before), "history": history, "config": config}
 
@@ -70,7 +70,7 @@ def test_brightness_and_noise_are_as_strong_as_they_say(card):
 
 def test_weights_of_a_run_ship_calibrated_with_their_sha256(card, tmp_path):
     run, sibling = tmp_path / "runs/a", tmp_path / "runs/b"
-    net, other = save_run(run), save_sibling(sibling, epochs=1)
+    net, other = save_run(run, data_dir="/home/me/data"), save_sibling(sibling, epochs=1)
     (tmp_path / "model.py").write_text('A = 1\nWEIGHTS_SHA256 = ""\n')
     card.ship([run], sibling)
     shipped = Net.from_pretrained(tmp_path / "cifar10.pt")

@@ -106,9 +106,11 @@ def test_results_takes_runs_of_the_default_name_only(publish, tmp_path, monkeypa
     for seed, name in enumerate(("cifar10-seed0-20261126-072420", "ablation-20-dilation-off-seed1")):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({**run, "config": {**run["config"], "seed": seed}}))
+        config = {**run["config"], "seed": seed, "data_dir": "/home/me/data"}
+        (folder / "metrics.json").write_text(json.dumps({**run, "config": config}))
     publish.take(tmp_path / "runs")
     assert [path.name for path in tmp_path.glob("*.json")] == ["cifar10-seed0.json"]
+    assert json.loads((tmp_path / "cifar10-seed0.json").read_text()) == run, "without where the images lay"
 
 
 def test_the_committed_notebook_and_the_picture_of_mistakes_are_the_run_of_seed_0(publish, notebook):
