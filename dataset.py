@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from machinery import processes
+from machinery import distributed
+from machinery.config import Config
+from machinery.data.images import Images, augmentation, hole_colour
+from machinery.data.loader import DeviceLoader, start_worker
+from machinery.data.sampler import AUGMENTATIONS, DEFAULT_AUGMENT, PADDING, EpochSampler
 from machinery.errors import SettingError
-from machinery.images import Images, augmentation, hole_colour
-from machinery.loading import DeviceLoader, start_worker
-from machinery.sampling import AUGMENTATIONS, DEFAULT_AUGMENT, PADDING, EpochSampler
-from machinery.settings import Config
 from machinery.weights import read_weights
 from machinery.words import say
 
@@ -43,7 +43,7 @@ class CIFAR10(Images):
     """CIFAR-10, or synthetic images, with the interface of `torchvision.datasets.CIFAR10`; see `Images`.
 
     Args:
-        root: Where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at, see `machinery.data.prepare`.
+        root: Where CIFAR-10 is or goes; then $CIFAR10_ROOT, then ./data are looked at, see `cifar10.prepare`.
         train: The 50,000 training images, else the 10,000 test images.
         transform: See `Images`.
         target_transform: A function of the label.
@@ -71,7 +71,7 @@ class CIFAR10(Images):
         seed: int = 0,
         padding: int = PADDING,
     ) -> None:
-        from machinery import data as files  # noqa: PLC0415  torchvision takes a second to import
+        from machinery.data import cifar10 as files  # noqa: PLC0415  torchvision takes a second to import
 
         if data not in ("cifar10", "synthetic"):
             raise ValueError(f"data must be 'cifar10' or 'synthetic', got {data!r}")
@@ -164,8 +164,8 @@ def make_loader(
 
 
 def seeded(dataset: Dataset, seed: int) -> Dataset:
-    """The dataset as `make_loader` reads it: see `machinery.pipeline.Seeded`."""
-    from machinery.pipeline import Seeded  # noqa: PLC0415  as in `CIFAR10`
+    """The dataset as `make_loader` reads it: see `machinery.data.transforms.Seeded`."""
+    from machinery.data.transforms import Seeded  # noqa: PLC0415  as in `CIFAR10`
 
     return Seeded(dataset, seed)
 
@@ -185,7 +185,7 @@ def make_loaders(
         machinery.errors.DataError: CIFAR-10 is missing or damaged.
     """
     train_set, test_set = _sets(config, train_set, test_set)
-    size, ranks = len(train_set), processes.world_size()  # type: ignore[arg-type]
+    size, ranks = len(train_set), distributed.world_size()  # type: ignore[arg-type]
     for name, dataset in (("train_set", train_set), ("test_set", test_set)):
         if not len(dataset):  # type: ignore[arg-type]
             raise SettingError(f"{name}: it is empty")
@@ -198,11 +198,11 @@ def make_loaders(
             f"batch_size must be a multiple of the {ranks} processes and leave none of them without images in the last "
             f"batch of the {size}{f' or {shorter}' if shorter < size else ''}, got {config.batch_size}"
         )
-    options: dict[str, Any] = {"rank": processes.rank(), "ranks": ranks}
+    options: dict[str, Any] = {"rank": distributed.rank(), "ranks": ranks}
     length: dict[str, Any] = {"skip": config.skip, "epochs": config.epochs}
     if device is not None and device.type == "cuda" and all(map(DeviceLoader.can_draw, (train_set, test_set))):
         sampler = EpochSampler(size, config.seed, **options, **length)
-        parts: Any = (train_set, sampler), (test_set, range(processes.rank(), len(test_set), ranks))  # type: ignore[arg-type]
+        parts: Any = (train_set, sampler), (test_set, range(distributed.rank(), len(test_set), ranks))  # type: ignore[arg-type]
         loaders: Any = [DeviceLoader(part, config.batch_size, order, device) for part, order in parts]
         return loaders[0], loaders[1]
     options |= {"batch_size": config.batch_size, "seed": config.seed}
@@ -229,9 +229,9 @@ def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -
     source: dict[str, Any] = {"data": config.data, "root": config.data_dir, "seed": config.seed}
     if train_set is None:
         if config.data == "cifar10":
-            from machinery.data import prepare  # noqa: PLC0415  as in `CIFAR10`
+            from machinery.data.cifar10 import prepare  # noqa: PLC0415  as in `CIFAR10`
 
-            processes.once_per_machine(lambda: prepare(config.data_dir))
+            distributed.once_per_machine(lambda: prepare(config.data_dir))
         train_set = CIFAR10(train=True, augment=config.augment, padding=config.padding, **source)
         if not config.holdout:
             return train_set, CIFAR10(train=False, **source)
@@ -255,10 +255,10 @@ def _sets(config: Config, train_set: Dataset | None, test_set: Dataset | None) -
 
 def _folder_sets(config: Config) -> tuple[Images, Images]:
     """The pictures in the folder that `config.data` names, normalised as those that its weights began with."""
-    from machinery.image_folder import draw_aside, load_image_folder  # noqa: PLC0415  for those who have pictures
+    from machinery.data.folder import draw_aside, load_image_folder  # noqa: PLC0415  for those who have pictures
 
     def tell(line: str) -> None:
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             say(line)
 
     images, labels, test_images, test_labels, classes = load_image_folder(config.data, config.size, warn=tell)

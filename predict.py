@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dataset import CLASS_COLOURS, CLASSES, MEAN, SIZE, STD
-from machinery.pictures import PictureError, find_pictures, kinds_of, load_picture, no_picture
-from machinery.runtime import answering
+from machinery.data.pictures import PictureError, find_pictures, kinds_of, load_picture, no_picture
+from machinery.device import answering
 from machinery.words import print_line, printable
 from model import Net, WeightsError
 

@@ -17,8 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from dataset import CLASSES, make_loaders
-from machinery import processes
+from machinery import distributed
 from machinery.calibration import temperature_of
+from machinery.checks import batches_of, in_range, refuse_labels_beyond, refuse_non_finite, views_of
+from machinery.config import Config, parse_args, resumed
+from machinery.device import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of, training_mode
 from machinery.errors import (
     CheckpointError,
     DataError,
@@ -28,12 +31,9 @@ from machinery.errors import (
     StoppedError,
     UnsavedError,
 )
-from machinery.meter import Meter
+from machinery.metrics import Meter
 from machinery.optim import recipe_optimizer
 from machinery.run import running
-from machinery.runtime import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of, training_mode
-from machinery.settings import Config, parse_args, resumed
-from machinery.trial import batches_of, in_range, refuse_labels_beyond, refuse_non_finite, views_of
 from model import Net, WeightsError
 
 if TYPE_CHECKING:
@@ -130,15 +130,15 @@ def training_step(
         if labels.ndim == 1:
             refuse_labels_beyond(labels, scores.shape[1], "labels")
         loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
-        sums = processes.sum_over_ranks(_sums(scores.detach(), labels))
+        sums = distributed.sum_over_ranks(_sums(scores.detach(), labels))
         losses = F.cross_entropy(scores.detach(), labels, reduction="none")
         optimizer.zero_grad()
-        scaler.scale(processes.mean_over_ranks(loss, len(labels), sums[2])).backward()
+        scaler.scale(distributed.mean_over_ranks(loss, len(labels), sums[2])).backward()
         scaler.step(optimizer)
         scaler.update()
         return (sums, losses) if runtime.precision != "fp16" else in_range(scaler, sums, losses)
 
-    capturable = runtime.device.type == "cuda" and runtime.precision != "fp16" and processes.world_size() == 1
+    capturable = runtime.device.type == "cuda" and runtime.precision != "fp16" and distributed.world_size() == 1
     return Captured(step) if capturable else step
 
 
@@ -187,7 +187,7 @@ def evaluate(
     log_probs, labels = predict(model, loader, runtime=runtime, views=views)
     refuse_labels_beyond(labels, log_probs.shape[1], "labels")
     sums = _sums(log_probs, labels).to(runtime.device)
-    loss_sum, correct, count = processes.sum_over_ranks(sums).tolist()
+    loss_sum, correct, count = distributed.sum_over_ranks(sums).tolist()
     return loss_sum / count, 100 * correct / count
 
 
@@ -291,7 +291,7 @@ def _curves(history: dict[str, list]) -> "Figure":
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    rank = os.environ["RANK"] if processes.launch_id() else "0"
+    rank = os.environ["RANK"] if distributed.launch_id() else "0"
     first = rank == "0" or os.environ.get("LOCAL_RANK") == "0"  # of torchrun's processes, on each machine one speaks
     try:
         fit(parse_args(arguments))

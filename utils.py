@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from dataset import AUGMENTATIONS, CLASS_COLOURS, DEFAULT_AUGMENT, SIZE, Images, denormalize
-from machinery.figures import (
+from machinery.plots import (
     ORIGINAL,
     TEST,
     TRAIN,

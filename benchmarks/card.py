@@ -26,9 +26,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader
 
 from dataset import CIFAR10, Images, make_loader
-from machinery.augmentation import JPEG
+from machinery.data.augment import JPEG
 from machinery.errors import DataError
-from machinery.figures import picture_grid
+from machinery.plots import picture_grid
 from machinery.weights import WeightsError
 from model import WEIGHTS, Net
 from train import Config, choose_runtime, describe_hardware, make_loaders, predict

@@ -17,7 +17,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from machinery.runtime import keep_freed_memory  # noqa: E402
+from machinery.device import keep_freed_memory  # noqa: E402
 from train import (  # noqa: E402
     Config,
     choose_runtime,

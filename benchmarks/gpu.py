@@ -43,8 +43,8 @@ from time_to_accuracy import SHORT_SETTINGS
 from torch import nn
 
 from dataset import CIFAR10, Images
-from machinery.loading import DeviceLoader
-from machinery.sampling import EpochSampler
+from machinery.data.loader import DeviceLoader
+from machinery.data.sampler import EpochSampler
 from model import Net
 from train import Config, StoppedError, choose_runtime, describe_hardware, evaluate, fit
 

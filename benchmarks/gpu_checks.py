@@ -20,8 +20,8 @@ from time_to_accuracy import SHORT_SETTINGS
 from torch import nn
 
 from dataset import denormalize, make_loader
-from machinery.loading import DeviceLoader
-from machinery.sampling import EpochSampler
+from machinery.data.loader import DeviceLoader
+from machinery.data.sampler import EpochSampler
 from train import StoppedError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def graphs_beside_kernels(bench: "Bench") -> Outcome:
     config, count = bench.config(epochs=3, **SHORT_SETTINGS), bench.size.checked
     with deterministic_algorithms():
         graphs, _ = bench.fitted(config, count)
-        with mock.patch("machinery.runtime.EAGER_STEPS", math.inf):
+        with mock.patch("machinery.device.EAGER_STEPS", math.inf):
             return difference(graphs, bench.fitted(config, count)[0])
 
 

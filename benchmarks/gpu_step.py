@@ -11,9 +11,9 @@ from common import alternate, random_batch, result_of
 from step import COLUMNS, operations, table
 from torch import Tensor, nn
 
-from machinery.loading import DeviceLoader
-from machinery.runtime import Captured
-from machinery.sampling import EpochSampler
+from machinery.data.loader import DeviceLoader
+from machinery.data.sampler import EpochSampler
+from machinery.device import Captured
 from train import Config, recipe_optimizer, train_one_epoch, training_step
 
 if TYPE_CHECKING:

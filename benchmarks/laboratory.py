@@ -23,7 +23,7 @@ from pathlib import Path
 from common import FOLDER
 from survival import TinyCIFAR10, end_of, same
 
-from machinery import files
+from machinery import checkpoint
 
 REPOSITORY = FOLDER.parent
 PATIENCE = 20  # seconds that a process waits for the others
@@ -37,8 +37,9 @@ from torchvision import datasets
 for name, value in {expectations!r}.items():
     setattr(datasets.CIFAR10, name, value)
 import train
-from machinery import data, folder, processes
-processes.PATIENCE = timedelta(seconds={patience})
+from machinery import distributed, folder
+from machinery.data import cifar10
+distributed.PATIENCE = timedelta(seconds={patience})
 class Slow(nn.Sequential):
     def forward(self, images):
         time.sleep(self.training * float(os.environ["STEP"]))
@@ -239,7 +240,7 @@ class Laboratory:
     def goes_on(self) -> bool:
         """Whether last.pt is whole, and a new start with --resume ends as the run in peace."""
         number = self.run.name
-        files.load(self.run / "last.pt")
+        checkpoint.load(self.run / "last.pt")
         for machine in self.machines:
             machine.output.write_text("")
         meeting = (f"--rdzv-id=again{self.number}", f"--rdzv-endpoint=host-a:{39400 + self.number}")

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
 from dataset import CIFAR10, DEFAULT_AUGMENT, MEAN, SIZE, STD, make_loader
-from machinery.data import prepare
-from machinery.sampling import HOLE, PADDING
+from machinery.data.cifar10 import prepare
+from machinery.data.sampler import HOLE, PADDING
 from model import Net
 from train import Config, recipe_optimizer
 

@@ -14,10 +14,10 @@ from train import Config
 CODE = """
 import resource, sys
 sys.path.insert(0, {repository!r})
-from machinery import data
+from machinery.data import cifar10
 from train import Config, fit
 if __name__ == "__main__":
-    data.SYNTHETIC_COUNTS.update({{True: 50_000, False: 10_000}})
+    cifar10.SYNTHETIC_COUNTS.update({{True: 50_000, False: 10_000}})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fit(Config(data="synthetic", epochs=1, batch_size={batch_size}))
     own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -21,7 +21,7 @@ from common import DEFAULT, FOLDER, as_mean, as_text, multiply_adds, record_of
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 
-from machinery.settings import FREE
+from machinery.config import FREE
 from model import Net
 from utils import ORIGINAL_ACCURACY, plot_architecture, plot_curves
 

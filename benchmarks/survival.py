@@ -27,15 +27,16 @@ from conftest import TinyCIFAR10  # noqa: E402
 from torchvision import datasets  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-from machinery import data, files  # noqa: E402
+from machinery import checkpoint  # noqa: E402
+from machinery.data import cifar10  # noqa: E402
 from machinery.errors import CheckpointError, DataError  # noqa: E402
 from model import Net, WeightsError  # noqa: E402
 
 DRIVER = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from machinery import data
-data.SYNTHETIC_COUNTS.update({{True: 200, False: 50}})
+from machinery.data import cifar10
+cifar10.SYNTHETIC_COUNTS.update({{True: 200, False: 50}})
 import train
 if __name__ == "__main__":
     sys.exit(train.main(sys.argv[1:]))
@@ -63,7 +64,7 @@ def kill_and_resume(kills: int, folder: Path, dice: random.Random) -> Counter:
         time.sleep(dice.uniform(0, 0.3 if run.exists() else 5))
         process.send_signal(signal.SIGKILL)
         counts["ended before"] += process.wait() != -signal.SIGKILL
-        counts["inside a write"] += any(run.glob(f".*{files.SCRATCH}"))
+        counts["inside a write"] += any(run.glob(f".*{checkpoint.SCRATCH}"))
         saved = (run / "last.pt").exists()
         counts["before the first save"] += not saved
         again = start(*(("--resume", f"runs/{run.name}") if saved else (*FLAGS, "--name", run.name)))
@@ -81,7 +82,7 @@ def wait_for_save(path: Path, process: subprocess.Popen) -> None:
 
 
 def end_of(run: Path) -> dict:
-    state = files.load(run / "last.pt")
+    state = checkpoint.load(run / "last.pt")
     state["result"]["history"].pop("seconds")
     shipped = torch.load(run / "model.pt", weights_only=True)
     return {"model": state["model"], "shipped": shipped, "history": state["result"]["history"]}
@@ -99,14 +100,14 @@ def corrupt(corruptions: int, folder: Path, dice: random.Random) -> Counter:
     for name, value in tiny.expectations().items():
         setattr(datasets.CIFAR10, name, value)
     last = folder / "last.pt"
-    last.write_bytes(files.packed({"model": Net().state_dict(), "epoch": 3}))
+    last.write_bytes(checkpoint.packed({"model": Net().state_dict(), "epoch": 3}))
     by_hand = folder / "by-hand"
     by_hand.mkdir()
     shutil.copy(tiny.archive, by_hand)
     readers: dict[Path, Callable[[], object]] = {
-        **{path: lambda: data.prepare(tiny.root) for path in (tiny.root / data.FOLDER).iterdir()},
-        by_hand / data.ARCHIVE: lambda: data.prepare(by_hand),
-        last: lambda: files.load(last),
+        **{path: lambda: cifar10.prepare(tiny.root) for path in (tiny.root / cifar10.FOLDER).iterdir()},
+        by_hand / cifar10.ARCHIVE: lambda: cifar10.prepare(by_hand),
+        last: lambda: checkpoint.load(last),
     }
     counts = Counter(corruptions=corruptions)
     for _ in tqdm(range(corruptions), desc="corruptions"):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import make_loaders
-from machinery.sampling import EpochSampler
+from machinery.data.sampler import EpochSampler
 from model import Net
 from train import Config, evaluate, fit, recipe_optimizer
 

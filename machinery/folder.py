@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from machinery import files, machines, processes
+from machinery import checkpoint, distributed, machines
+from machinery.config import FREE, Config, settings_of
+from machinery.device import Runtime, describe_hardware, fastest_precision
 from machinery.errors import CheckpointError, SettingError
-from machinery.runtime import Runtime, describe_hardware, fastest_precision
-from machinery.settings import FREE, Config, settings_of
 
 FILES = ("last.pt", "metrics.json", "curves.png", "model.pt")
 NOTED = ("runtime", "processes", "hardware", "versions")  # with others, a run may not go on bit for bit
@@ -51,7 +51,7 @@ class Folder:
 
     def __enter__(self) -> "Folder":
         machines.refuse_separate(Path(self.config.resume).parent if self.config.resume else Path("runs"))
-        self.path: Path = processes.broadcast_from_rank_0(self._claimed)
+        self.path: Path = distributed.broadcast_from_rank_0(self._claimed)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -61,7 +61,7 @@ class Folder:
         with _claiming:
             _taken.discard(self.path.resolve())
             self.lock.close()
-        if not [path for path in self.path.iterdir() if path.name != files.LOCK]:
+        if not [path for path in self.path.iterdir() if path.name != checkpoint.LOCK]:
             shutil.rmtree(self.path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.path.parent.rmdir()  # if it was the first run
@@ -73,9 +73,9 @@ class Folder:
             with _claiming:
                 if path.resolve() in _taken:
                     raise BlockingIOError(f"this process is already writing to {path}")
-                self.lock = files.lock(path, processes.launch_id())
+                self.lock = checkpoint.lock(path, distributed.launch_id())
                 _taken.add(path.resolve())
-            files.remove_scratch(path)
+            checkpoint.remove_scratch(path)
             for name in FILES if config.overwrite else ():
                 (path / name).unlink(missing_ok=True)
         except BlockingIOError as error:
@@ -93,7 +93,7 @@ class Folder:
         """
         if not self.config.resume:
             return None
-        state = processes.broadcast_from_rank_0(lambda: files.load(self.path / "last.pt"))
+        state = distributed.broadcast_from_rank_0(lambda: checkpoint.load(self.path / "last.pt"))
         refuse_other_settings(self.config, settings_of(state, self.path), self.path)
         return state
 
@@ -101,7 +101,7 @@ class Folder:
         """A file, whole or not at all. If that fails, says so and goes on: the one before is still there."""
         self.errors.pop(name, None)
         try:
-            files.write_whole(self.path / name, content)
+            checkpoint.write_whole(self.path / name, content)
         except OSError as error:
             self.errors[name] = error
             print(
@@ -115,16 +115,16 @@ class Folder:
         if not (self.path / "last.pt").exists():
             return "nothing was saved yet: begin anew"
         folder, quoted = self.path.as_posix(), shlex.quote(self.path.as_posix())
-        if processes.launch_id():
+        if distributed.launch_id():
             return f"go on with the same torchrun command, but for train.py --resume {quoted}"
         return f'go on with\n  python train.py --resume {quoted}\nor, in the notebook, with resume = "{folder}"'
 
 
 def after_restart(config: Config) -> Config:
     """The settings with which to go on if torchrun has started all processes anew because one of them died."""
-    if config.resume or not processes.can_restart():
+    if config.resume or not distributed.can_restart():
         return config
-    if not config.name or processes.launch_id() == "none":
+    if not config.name or distributed.launch_id() == "none":
         raise SettingError(
             "name: with --max-restarts, a run needs a --name by which it is found again, and torchrun a --rdzv-id "
             "(--standalone makes one)"
@@ -132,9 +132,9 @@ def after_restart(config: Config) -> Config:
     folder = Path("runs") / config.name
 
     def look() -> tuple[bool, bool]:
-        return files.last_launch_id(folder) == processes.launch_id(), (folder / "last.pt").exists()
+        return checkpoint.last_launch_id(folder) == distributed.launch_id(), (folder / "last.pt").exists()
 
-    ours, saved = processes.broadcast_from_rank_0(look)
+    ours, saved = distributed.broadcast_from_rank_0(look)
     return dataclasses.replace(config, resume=str(folder) if saved else None, overwrite=not saved) if ours else config
 
 
@@ -174,7 +174,7 @@ def new_record(config: Config, model: nn.Module, runtime: Runtime) -> dict[str, 
         "history": {},
         "config": dataclasses.asdict(config),
         "runtime": str(runtime),
-        "processes": processes.world_size(),
+        "processes": distributed.world_size(),
         "wall_seconds": 0.0,
         "hardware": describe_hardware(),
         "versions": _versions(),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from machinery import processes
+from machinery import distributed
 from machinery.errors import MachineError, SettingError
 
 try:
@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 def several() -> bool:
     """Whether torchrun started processes on more than one machine."""
-    return bool(processes.launch_id()) and int(os.environ["GROUP_WORLD_SIZE"]) > 1
+    return bool(distributed.launch_id()) and int(os.environ["GROUP_WORLD_SIZE"]) > 1
 
 
 def refuse_unknown_leader() -> None:
@@ -72,7 +72,7 @@ def refuse_other_data(*datasets: Any) -> None:
     """Raises SettingError if the machines do not have the same images and labels in the same order."""
     if several():
         digests = {f"dataset {number}": _digest(dataset) for number, dataset in enumerate(datasets, 1)}
-        _refuse_differences(processes.gather((_name(), digests)))
+        _refuse_differences(distributed.gather((_name(), digests)))
 
 
 def refuse_separate(folder: Path) -> None:
@@ -87,11 +87,11 @@ def refuse_separate(folder: Path) -> None:
         return path
 
     try:
-        path = processes.broadcast_from_rank_0(mark)
+        path = distributed.broadcast_from_rank_0(mark)
     except OSError as error:
         raise SettingError(f"name: cannot write to {folder}: {error}") from error
-    seen = processes.gather((_name(), path.exists()))
-    if processes.rank() == 0:
+    seen = distributed.gather((_name(), path.exists()))
+    if distributed.rank() == 0:
         path.unlink()
         with contextlib.suppress(OSError):  # if it is empty
             folder.rmdir()

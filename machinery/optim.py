@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.adam import adam
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from machinery.device import fastest_precision
 from machinery.errors import SettingError
-from machinery.runtime import fastest_precision
 
 
 class Muon(Optimizer):

@@ -16,17 +16,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from machinery import files, machines, processes
+from machinery import checkpoint, distributed, machines
 from machinery.calibration import temperature_of
+from machinery.checks import told_by, try_out
+from machinery.config import Config
+from machinery.data.loader import end_workers
+from machinery.data.sampler import EpochSampler
+from machinery.device import Runtime, choose_runtime, keep_freed_memory
 from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError
 from machinery.folder import NOTED, Folder, facts_of, new_record
-from machinery.loading import end_workers
-from machinery.meter import Meter
+from machinery.metrics import Meter
 from machinery.optim import optimizer_and_scheduler
-from machinery.runtime import Runtime, choose_runtime, keep_freed_memory
-from machinery.sampling import EpochSampler
-from machinery.settings import Config
-from machinery.trial import told_by, try_out
 from machinery.words import remaining, say
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def running(
     runtime = choose_runtime(config.device, config.precision, config.layout)
     meet = functools.partial(machines.meet, facts=facts_of(config, runtime) if machines.several() else {})
     machines.refuse_unknown_leader()
-    with processes.process_group(runtime.device.type, meet), Folder(config) as folder:
+    with distributed.process_group(runtime.device.type, meet), Folder(config) as folder:
         config, state = folder.config, folder.read()
         if model is None and config.weights and not state:
-            processes.broadcast_from_rank_0(
+            distributed.broadcast_from_rank_0(
                 lambda: bool(network(config.weights, 10, None))
             )  # refused before a long download
         both = train_loader, test_loader = loaders(config, runtime.device)
@@ -72,17 +72,17 @@ def running(
         if model is None:
             weights, count = None if state else config.weights, len(names or range(10))
             own = names if told_by(train_loader.dataset, "source") == "your own" else None
-            model = processes.broadcast_from_rank_0(lambda: network(weights, count, own))
+            model = distributed.broadcast_from_rank_0(lambda: network(weights, count, own))
             if optimizer:
                 raise SettingError("an optimizer of your own needs the model whose parameters it has")
         elif config.weights and not state:
             raise SettingError("weights and a model of your own both say where training starts; give one of them")
-        if processes.rank():  # else the dropout and CutMix of all processes would be the same
-            torch.manual_seed(config.seed + processes.rank())
+        if distributed.rank():  # else the dropout and CutMix of all processes would be the same
+            torch.manual_seed(config.seed + distributed.rank())
         keep_freed_memory()
         layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
         model.to(runtime.device).to(memory_format=layout)  # type: ignore[call-overload]
-        share = config.batch_size // processes.world_size()
+        share = config.batch_size // distributed.world_size()
         sets = train_loader.dataset, test_loader.dataset
         try:
             runtime, classes = try_out(model, *sets, share, runtime, config.layout)
@@ -90,10 +90,10 @@ def running(
             if state:
                 run.take_up(state)
             run.introduce()
-            with files.stop_requests() as run.request, processes.parallel(model) as run.network:
+            with checkpoint.stop_requests() as run.request, distributed.parallel(model) as run.network:
                 yield run
         except (RuntimeError, MemoryError, OSError, EOFError) as error:
-            if cause := processes.failure_of_the_machine(error):
+            if cause := distributed.failure_of_the_machine(error):
                 raise MachineError(f"{cause}\n{folder.how_to_go_on()}") from error
             raise
         finally:
@@ -109,7 +109,7 @@ class Run:
     same of the runs before if it began with weights of theirs), curves.png and model.pt.
     """
 
-    request: files.StopRequest  # by `running`
+    request: checkpoint.StopRequest  # by `running`
     network: nn.Module  # by `running`: the model as all processes train it together
 
     def __init__(
@@ -168,7 +168,7 @@ class Run:
 
     def introduce(self) -> None:
         """Says what is trained, on what, and where the results go."""
-        ranks = processes.world_size()
+        ranks = distributed.world_size()
         self.say(
             f"{self.result['network']}, {self.result['parameters']:,} parameters, on {self.sampler.size:,} images "
             f"of {self.data}; {self.runtime}{f', {ranks} processes' if ranks > 1 else ''}\n"
@@ -178,7 +178,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Prints, once for all processes."""
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             say(text)
 
     def epochs_left(self) -> Iterator[str]:
@@ -191,7 +191,7 @@ class Run:
 
     def after_step(self) -> None:
         """Saves if it is time to, and ends the run if someone asked for it."""
-        stop = processes.max_over_ranks(self.request.signal)  # of all, which are asked at different moments
+        stop = distributed.max_over_ranks(self.request.signal)  # of all, which are asked at different moments
         if stop or time.perf_counter() - self.saved_at > 60 * self.config.save_minutes:
             self.save()
         self._end_if(stop)
@@ -241,10 +241,10 @@ class Run:
         )
         self.save()
         self.write_results()
-        if on_epoch and processes.rank() == 0:
+        if on_epoch and distributed.rank() == 0:
             on_epoch(row)
         if self.epochs < config.epochs:
-            self._end_if(processes.max_over_ranks(self.request.signal))
+            self._end_if(distributed.max_over_ranks(self.request.signal))
 
     def _time_left(self) -> str:
         """After the first epoch of a sitting, how long the others will take, if there are any."""
@@ -256,7 +256,7 @@ class Run:
 
     def _end_if(self, stop: int) -> None:
         if stop:
-            processes.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
+            distributed.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
             where = f"saved after {self.epochs} epochs and {self.meter.steps} steps"
             if "last.pt" in self.folder.errors:
                 where = "not saved: the last save that worked counts"
@@ -272,7 +272,7 @@ class Run:
 
     def write_results(self) -> None:
         """Writes metrics.json, curves.png and model.pt, on rank 0."""
-        if processes.rank() > 0:
+        if distributed.rank() > 0:
             return
         picture, weights = io.BytesIO(), io.BytesIO()
         self.draw(self.history).savefig(picture, format="png")
@@ -293,7 +293,7 @@ class Run:
         if self._may_know_held_out():
             self.say("not calibrated: the weights that it began with may have been trained on the held-out images")
             return
-        log_probs, labels = map(torch.cat, zip(*processes.gather(predict()), strict=True))
+        log_probs, labels = map(torch.cat, zip(*distributed.gather(predict()), strict=True))
         temperature = temperature_of(log_probs, labels)
         divide_logits(temperature)
         self.result["temperature"] = temperature
@@ -327,7 +327,7 @@ class Run:
         Raises:
             NonFiniteLossError: A weight is infinite or NaN; such a state is not saved.
         """
-        if processes.rank() > 0:
+        if distributed.rank() > 0:
             return
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise NonFiniteLossError("a weight became infinite or NaN. Try a lower lr, or precision fp32.")
@@ -346,7 +346,7 @@ class Run:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
-        self.folder.write("last.pt", files.packed(state))
+        self.folder.write("last.pt", checkpoint.packed(state))
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Puts everything back as it was when `state` was saved.
@@ -369,7 +369,7 @@ class Run:
                 self.scheduler.load_state_dict(state["scheduler"])
             if state["losses"] is not None:
                 self.sampler.losses.copy_(state["losses"])
-            if processes.rank() == 0:  # the others would all draw as this one does
+            if distributed.rank() == 0:  # the others would all draw as this one does
                 torch.set_rng_state(state["random"])
                 if torch.cuda.is_available() and state["cuda_random"] is not None:
                     torch.cuda.set_rng_state(state["cuda_random"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from dataset import CIFAR10
-from machinery.data import ARCHIVE, FOLDER, draw_synthetic
+from machinery.data.cifar10 import ARCHIVE, FOLDER, draw_synthetic
 from model import Net
 from train import fit
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import CIFAR10, DEFAULT_AUGMENT, Images
-from machinery import files
+from machinery import checkpoint
 from train import Config
 
 
@@ -48,7 +48,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def files_of(name: str) -> list[str]:
-    return sorted(file for file in os.listdir(Path("runs", name)) if file != files.LOCK)
+    return sorted(file for file in os.listdir(Path("runs", name)) if file != checkpoint.LOCK)
 
 
 def timeless(history: dict) -> dict:

@@ -11,8 +11,8 @@ from conftest import TRAIN_COUNT
 from PIL import Image
 
 from dataset import AUGMENTATIONS, CIFAR10, MEAN, denormalize, eval_transform, make_loaders, train_transform
-from machinery.augmentation import JPEG, Trivial
-from machinery.sampling import DRAWN_FOR
+from machinery.data.augment import JPEG, Trivial
+from machinery.data.sampler import DRAWN_FOR
 from train import Config
 
 

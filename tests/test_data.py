@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import TRAIN_COUNT
 
-from machinery import data as storage
-from machinery.data import ARCHIVE, FOLDER, load_cifar10, prepare
+from machinery.data import cifar10 as storage
+from machinery.data.cifar10 import ARCHIVE, FOLDER, load_cifar10, prepare
 from machinery.errors import DataUnreachableError
 from train import DataError
 

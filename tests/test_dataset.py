@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from dataset import AUGMENTATIONS, CIFAR10, CLASSES, MEAN, STD, make_loader
-from machinery.data import SYNTHETIC_COUNTS
-from machinery.sampling import EpochSampler
+from machinery.data.cifar10 import SYNTHETIC_COUNTS
+from machinery.data.sampler import EpochSampler
 
 
 def epoch_of(loader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from machinery import files
+from machinery import checkpoint
 from train import CheckpointError
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "swap", "foreign", "html"])
 def test_damaged_checkpoints_are_refused_without_being_unpickled(damage, monkeypatch):
     path, dice = Path("last.pt"), random.Random(damage)
-    good = files.packed({"weights": torch.randn(1000), "epoch": 3})
+    good = checkpoint.packed({"weights": torch.randn(1000), "epoch": 3})
     path.write_bytes(good)
-    assert torch.equal(files.load(path)["weights"], torch.load(path, weights_only=True)["weights"])
+    assert torch.equal(checkpoint.load(path)["weights"], torch.load(path, weights_only=True)["weights"])
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled a damaged checkpoint"))
     for _ in range(50):
         bad = bytearray(good)
@@ -34,7 +34,7 @@ def test_damaged_checkpoints_are_refused_without_being_unpickled(damage, monkeyp
             continue
         path.write_bytes(bad)
         with pytest.raises(CheckpointError, match=r"last\.pt is truncated, altered or not a checkpoint"):
-            files.load(path)
+            checkpoint.load(path)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path):
@@ -42,7 +42,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path):
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "executed",))
 
-    (tmp_path / "last.pt").write_bytes(files.packed({"model": Evil()}))
+    (tmp_path / "last.pt").write_bytes(checkpoint.packed({"model": Evil()}))
     with pytest.raises(CheckpointError, match="something other than tensors"):
-        files.load(tmp_path / "last.pt")
+        checkpoint.load(tmp_path / "last.pt")
     assert not (tmp_path / "executed").exists()

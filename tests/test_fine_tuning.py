@@ -9,7 +9,7 @@ from PIL import Image
 import export
 import predict
 import train
-from machinery.data import draw_synthetic
+from machinery.data.cifar10 import draw_synthetic
 from model import Net
 
 NAMES = ("bars", "checks", "disc", "ring", "cross")

@@ -9,7 +9,7 @@ import torch
 from small_runs import plain, plain_network, quick, signal_at, small_network
 
 import train
-from machinery import errors, files
+from machinery import checkpoint, errors
 from train import CheckpointError, SettingError, StoppedError, UnsavedError, fit, resumed
 
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_with_odd_contents_is_refused_in_a_sentence(stopped, odd, c
     path = Path("runs/quick/last.pt")
     path.parent.mkdir(parents=True)
     path.write_bytes(stopped)
-    path.write_bytes(files.packed(odd(files.load(path))))
+    path.write_bytes(checkpoint.packed(odd(checkpoint.load(path))))
     with pytest.raises((CheckpointError, SettingError)):
         fit(resumed("runs/quick", epochs=2, data_dir=None), small_network())
     assert train.main(["--resume", "runs/quick"]) == 1

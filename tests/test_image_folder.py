@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from machinery.data import draw_synthetic
-from machinery.image_folder import load_image_folder
-from machinery.pictures import load_picture
+from machinery.data.cifar10 import draw_synthetic
+from machinery.data.folder import load_image_folder
+from machinery.data.pictures import load_picture
 from train import DataError
 
 COUNTS = {"cat": 8, "dog": 12, "emu": 20}

@@ -8,8 +8,8 @@ import torch
 from small_runs import few_images
 
 from dataset import CIFAR10, denormalize, make_loader, make_loaders
-from machinery.loading import DeviceLoader
-from machinery.sampling import EpochSampler
+from machinery.data.loader import DeviceLoader
+from machinery.data.sampler import EpochSampler
 from train import Config
 
 

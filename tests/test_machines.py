@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from machinery import machines, processes
+from machinery import distributed, machines
 from machinery.errors import MachineError, SettingError
 from machinery.folder import facts_of
 from train import Config, choose_runtime
@@ -100,7 +100,7 @@ def test_other_data_is_refused(change, monkeypatch):
     if change == "label":
         other.labels = mine.labels.flip(0)
     there = "there (machine 1)", {"dataset 1": machines._digest(other)}
-    monkeypatch.setattr(processes, "gather", lambda value: [value, there])
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, there])
     with pytest.raises(SettingError, match=r"dataset 1 is .* on here .machine 0., .* on there .machine 1."):
         machines.refuse_other_data(mine)
 
@@ -118,7 +118,7 @@ def test_folders_that_are_not_shared_are_refused_and_left_as_they_were(monkeypat
     Path("runs/old").mkdir(parents=True)
     machines.refuse_separate(Path("runs"))
     machines.refuse_separate(Path("new"))
-    monkeypatch.setattr(processes, "gather", lambda value: [value, ("there (machine 1)", False)])
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, ("there (machine 1)", False)])
     with pytest.raises(SettingError, match=r"runs/ of here .machine 0. is not that of there .machine 1.: share this"):
         machines.refuse_separate(Path("runs"))
     assert [path.name for path in Path("runs").iterdir()] == ["old"]
@@ -151,12 +151,12 @@ def test_while_one_downloads_the_processes_meet_again_and_again(monkeypatch):
             enough.set()
         return busy
 
-    monkeypatch.setattr(processes, "PULSE", 0.01)
-    monkeypatch.setattr(processes, "world_size", lambda: 2)
-    monkeypatch.setattr(processes, "max_over_ranks", meet)
-    monkeypatch.setattr(processes, "gather", lambda value: [None, value])
+    monkeypatch.setattr(distributed, "PULSE", 0.01)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "max_over_ranks", meet)
+    monkeypatch.setattr(distributed, "gather", lambda value: [None, value])
     with pytest.raises(MachineError, match="broke off"):
-        processes.once_per_machine(download)
+        distributed.once_per_machine(download)
     assert met == [True] * (len(met) - 1) + [False]
     assert len(met) > 3
 
@@ -169,10 +169,10 @@ def test_what_ends_a_run_of_several_processes_is_named(monkeypatch):
         "Connection closed by peer [10.0.0.2]:4711": "another process of this run died",
     }
     for text, told in lost.items():
-        assert told in str(processes.failure_of_the_machine(RuntimeError(text)))
-    assert "died" in str(processes.failure_of_the_machine(dist.DistNetworkError("failed to recv, got 0 bytes")))
+        assert told in str(distributed.failure_of_the_machine(RuntimeError(text)))
+    assert "died" in str(distributed.failure_of_the_machine(dist.DistNetworkError("failed to recv, got 0 bytes")))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert not [text for text in lost if processes.failure_of_the_machine(RuntimeError(text))]
+    assert not [text for text in lost if distributed.failure_of_the_machine(RuntimeError(text))]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch import nn
 
 import predict
 from dataset import CIFAR10, CLASS_COLOURS, CLASSES, MEAN, STD
-from machinery import pictures
+from machinery.data import pictures
 from model import Net
 from predict import PictureError, classify, load_picture, plot_answers
 

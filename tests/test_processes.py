@@ -10,9 +10,9 @@ import torch
 
 import train
 from dataset import make_loaders
-from machinery import files, processes
+from machinery import checkpoint, distributed
+from machinery.data.sampler import EpochSampler
 from machinery.folder import after_restart
-from machinery.sampling import EpochSampler
 from train import Config, SettingError
 
 # Of 200 images 149 are trained on: three batches of 48, one of 5. Neither 5 nor 51 can be halved.
@@ -77,7 +77,7 @@ def test_several_machines_cannot_restart_with_one_store_for_all_starts(monkeypat
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(SettingError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), processes.process_group("cpu"):
+    with pytest.raises(SettingError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), distributed.process_group("cpu"):
         pass
 
 
@@ -86,14 +86,14 @@ import sys, weakref
 sys.path.insert(0, {repository!r})
 import torch
 from torch import nn
-from machinery import processes
+from machinery import distributed
 
 def grid(*shape):
     return torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) ** 2).reshape(shape)
 
-with processes.process_group("cpu"):
+with distributed.process_group("cpu"):
     group = weakref.ref(torch.distributed.group.WORLD)
-    start, end = ((0, 5), (5, 7))[processes.rank()]
+    start, end = ((0, 5), (5, 7))[distributed.rank()]
     images, weights = 50 + grid(7, 3, 4, 4), grid(7, 3, 4, 4).flip(0)
     torch.manual_seed(0)
     one = nn.BatchNorm2d(3, momentum=0.4).double()
@@ -106,7 +106,7 @@ with processes.process_group("cpu"):
         one(whole)  # moves the statistics
     expected = one(whole)
     expected.mul(weights).sum().backward()
-    with processes.parallel(two) as network:
+    with distributed.parallel(two) as network:
         with torch.no_grad():
             network(part)
         output = network(part)
@@ -144,27 +144,27 @@ def test_together_the_processes_meet_every_image_once_and_in_the_same_batches():
 
 def test_losses_of_the_processes_stand_in_the_order_of_the_batch(monkeypatch):
     whole = torch.arange(7.0)
-    monkeypatch.setattr(processes, "world_size", lambda: 3)
-    monkeypatch.setattr(processes, "sum_over_ranks", lambda tensor: tensor)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor: tensor)
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        shares.append(processes.interleave_over_ranks(whole[rank::3], 7))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.interleave_over_ranks(whole[rank::3], 7))
     assert torch.equal(sum(shares), whole)
 
 
 @pytest.mark.parametrize("batch_size", [25, 66, 199])  # odd; 2 images too many for three; 1 for two
 def test_what_the_processes_cannot_share_is_refused(batch_size, monkeypatch):
     ranks = 3 if batch_size == 66 else 2
-    monkeypatch.setattr(processes, "world_size", lambda: ranks)
-    monkeypatch.setattr(processes, "once_per_machine", lambda make: make())
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "once_per_machine", lambda make: make())
     with pytest.raises(SettingError, match=f"batch_size must be a multiple of the {ranks} processes"):
         make_loaders(Config(batch_size=batch_size))
 
 
 def test_neither_can_they_share_one_image_that_skipping_leaves(monkeypatch):
-    monkeypatch.setattr(processes, "world_size", lambda: 2)
-    monkeypatch.setattr(processes, "once_per_machine", lambda make: make())
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "once_per_machine", lambda make: make())
     make_loaders(Config(batch_size=50))
     with pytest.raises(SettingError, match="leave none of them without images in the last batch of the 200 or 101"):
         make_loaders(Config(batch_size=50, skip=0.495))
@@ -182,7 +182,7 @@ def test_a_restart_goes_on_with_the_run_of_its_own_launch_only(monkeypatch):
     config = Config(name="a")
     assert after_restart(config) == config  # the first start
     Path("runs/a").mkdir(parents=True)
-    files.lock(Path("runs/a"), "one").close()
+    checkpoint.lock(Path("runs/a"), "one").close()
     assert after_restart(config) == Config(name="a", overwrite=True)  # died before the first save
     Path("runs/a/last.pt").touch()
     assert after_restart(config).resume == "runs/a"

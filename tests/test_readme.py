@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import predict
 import train
-from machinery import files
-from machinery.settings import FREE, parse_args
+from machinery import checkpoint
+from machinery.config import FREE, parse_args
 from model import Net
 from train import Config
 
@@ -175,7 +175,7 @@ def test_the_commands_shown_are_accepted(monkeypatch):
     Path("pets").mkdir()
     commands = re.findall(r"train\.py (--(?!help).*?)(?:\s+#.*|`.*)?$", TEXT, re.MULTILINE)
     assert len(commands) > 5
-    monkeypatch.setattr(files, "load", lambda path: {"result": {"config": dataclasses.asdict(Config())}})
+    monkeypatch.setattr(checkpoint, "load", lambda path: {"result": {"config": dataclasses.asdict(Config())}})
     for command in commands:
         parse_args(command.split())
     for script in re.findall(r"python ([\w/]+\.py)", TEXT):

@@ -12,9 +12,9 @@ from small_runs import few_images, files_of, quick, signal_at, small_network, ti
 from torch import Tensor, nn
 
 import train
-from machinery import files
+from machinery import checkpoint
+from machinery.config import parse_args
 from machinery.folder import FILES
-from machinery.settings import parse_args
 from model import Net
 from train import CheckpointError, SettingError, StoppedError, fit, resumed
 
@@ -78,7 +78,7 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
 
         def forward(self, x: Tensor) -> Tensor:
             os.kill(os.getpid(), signal.SIGINT)
-            monkeypatch.setattr(files.time, "monotonic", lambda: math.inf)
+            monkeypatch.setattr(checkpoint.time, "monotonic", lambda: math.inf)
             os.kill(os.getpid(), signal.SIGINT)
             return self.net(x)
 
@@ -114,10 +114,10 @@ def test_a_checkpoint_of_another_version_is_named_as_such(uninterrupted):
     with pytest.raises(StoppedError):
         fit(quick(), signal_at(small_network(), 6))
     file = Path("runs/quick/last.pt")
-    state = files.load(file)
+    state = checkpoint.load(file)
     del state["result"]["config"]["seed"]
     state["result"]["config"]["momentum"] = 0.9
-    file.write_bytes(files.packed(state))
+    file.write_bytes(checkpoint.packed(state))
     message = r"another version of this repository, with other settings \(momentum, seed\)"
     with pytest.raises(CheckpointError, match=message):
         fit(quick(resume="runs/quick"), small_network())

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from machinery import runtime
-from machinery.runtime import Captured, describe_hardware, runtime_of, training_mode
+from machinery import device
+from machinery.device import Captured, describe_hardware, runtime_of, training_mode
 from model import Net
 from train import choose_runtime
 
@@ -58,7 +58,7 @@ def test_what_a_replayed_step_returned_is_not_overwritten_by_the_next(monkeypatc
     def step(images: Tensor) -> tuple[Tensor, Tensor]:
         return images.sum(), images * 2
 
-    monkeypatch.setattr(runtime, "EAGER_STEPS", 0)
+    monkeypatch.setattr(device, "EAGER_STEPS", 0)
     captured, static = Captured(step), (torch.zeros(4),)
     results = step(*static)
     captured.graphs[((torch.Size([4]), torch.float32),)] = FakeGraph(step, static, results), static, results
@@ -73,8 +73,8 @@ def test_the_steps_before_a_graph_share_one_stream_so_that_each_finds_the_memory
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
     captured = Captured(lambda images: (2 * images,))
-    assert [captured(torch.tensor(k))[0].item() for k in range(runtime.EAGER_STEPS)] == [0, 2, 4]
-    assert (streams.call_count, stream.wait_stream.call_count) == (1, runtime.EAGER_STEPS)
+    assert [captured(torch.tensor(k))[0].item() for k in range(device.EAGER_STEPS)] == [0, 2, 4]
+    assert (streams.call_count, stream.wait_stream.call_count) == (1, device.EAGER_STEPS)
 
 
 def test_the_layout_is_that_of_the_filters():

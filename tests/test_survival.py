@@ -16,7 +16,7 @@ import torch
 from small_runs import files_of, plain, plain_network, quick, signal_at, small_network, timeless, weights
 from torch import Tensor, nn
 
-from machinery import files, processes
+from machinery import checkpoint, distributed
 from machinery.folder import FILES
 from train import Config, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError, fit
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_curves")
 
 
 def test_a_full_disk_costs_neither_the_run_nor_the_last_checkpoint(monkeypatch, capsys):
-    good, full = files.write_whole, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    good, full = checkpoint.write_whole, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     written = []
 
     def write(path: Path, content: bytes) -> None:
@@ -33,38 +33,38 @@ def test_a_full_disk_costs_neither_the_run_nor_the_last_checkpoint(monkeypatch, 
         written.append(path.name)
         good(path, content)
 
-    monkeypatch.setattr(files, "write_whole", write)
+    monkeypatch.setattr(checkpoint, "write_whole", write)
     model = small_network()
     with pytest.raises(UnsavedError, match="No space left") as error:
         fit(quick(), model)
     assert error.value.history["epoch"] == [1, 2, 3]
     assert "training goes on" in capsys.readouterr().err
-    assert files.load(Path("runs/quick/last.pt"))["result"]["history"]["epoch"] == [1]
-    monkeypatch.setattr(files, "write_whole", good)
+    assert checkpoint.load(Path("runs/quick/last.pt"))["result"]["history"]["epoch"] == [1]
+    monkeypatch.setattr(checkpoint, "write_whole", good)
     resumed = small_network()
     fit(quick(resume="runs/quick"), resumed)
     assert torch.equal(weights(resumed), weights(model))
 
 
 def test_results_that_could_not_be_written_are_written_when_resumed(monkeypatch):
-    good = files.write_whole
+    good = checkpoint.write_whole
 
     def write(path: Path, content: bytes) -> None:
         if path.name == "model.pt":
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         good(path, content)
 
-    monkeypatch.setattr(files, "write_whole", write)
+    monkeypatch.setattr(checkpoint, "write_whole", write)
     model = small_network()
     with pytest.raises(UnsavedError):
         fit(quick(epochs=1), model)
-    monkeypatch.setattr(files, "write_whole", good)
+    monkeypatch.setattr(checkpoint, "write_whole", good)
     fit(quick(epochs=1, resume="runs/quick"), small_network())
     saved = torch.load("runs/quick/model.pt", weights_only=True)
     assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.skipif(not files.fcntl, reason="Windows has no such lock")
+@pytest.mark.skipif(not checkpoint.fcntl, reason="Windows has no such lock")
 def test_two_processes_do_not_write_to_one_folder():
     fit(quick(epochs=1), small_network())
     hold = "import fcntl; file = open('runs/quick/.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
@@ -99,7 +99,7 @@ def test_a_signal_to_all_processes_saves_too(driver):
     run = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     assert run.returncode == 128 + signal.SIGTERM, run.stderr
     assert "saved after 0 epochs and 3 steps" in run.stderr
-    assert files.load(Path("runs/all/last.pt"))["meter"]["images"] == 150
+    assert checkpoint.load(Path("runs/all/last.pt"))["meter"]["images"] == 150
 
 
 def test_a_folder_deleted_under_the_run_comes_back():
@@ -109,7 +109,7 @@ def test_a_folder_deleted_under_the_run_comes_back():
     model = small_network()
     model.register_forward_hook(delete)
     history = fit(quick(), model)
-    assert files.load(Path("runs/quick/last.pt"))["result"]["history"] == history
+    assert checkpoint.load(Path("runs/quick/last.pt"))["result"]["history"] == history
 
 
 def test_a_worker_that_dies_is_named_and_the_run_goes_on(uninterrupted):
@@ -152,7 +152,7 @@ def test_broken_weights_do_not_replace_good_ones():
     model.register_forward_hook(poison)
     with pytest.raises(NonFiniteLossError):
         fit(quick(skip=0, epochs=4, resume="runs/quick", save_minutes=0), model)
-    state = files.load(Path("runs/quick/last.pt"))
+    state = checkpoint.load(Path("runs/quick/last.pt"))
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -207,7 +207,7 @@ def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver, monkeypatch)
             arguments = ["--resume", "runs/killed"]
         start(*arguments)
         assert forking.stdout.readline() == "0\n"
-    ends = [files.load(Path("runs", name, "last.pt")) for name in ("whole", "killed")]
+    ends = [checkpoint.load(Path("runs", name, "last.pt")) for name in ("whole", "killed")]
     assert all(torch.equal(ends[0]["model"][key], ends[1]["model"][key]) for key in ends[0]["model"])
     assert timeless(ends[0]["result"]["history"]) == timeless(ends[1]["result"]["history"])
     assert files_of("killed") == sorted(FILES)
@@ -223,8 +223,8 @@ def test_killed_at_any_instant_it_goes_on_bit_for_bit(tiny, driver, monkeypatch)
     ],
 )
 def test_workers_that_lack_room_are_named_with_the_way_out(text):
-    assert "workers = 0" in processes.failure_of_the_machine(RuntimeError(text))
-    assert processes.failure_of_the_machine(RuntimeError("another fault")) is None
+    assert "workers = 0" in distributed.failure_of_the_machine(RuntimeError(text))
+    assert distributed.failure_of_the_machine(RuntimeError("another fault")) is None
 
 
 def train_in_a_pool(root: Path) -> list[float]:

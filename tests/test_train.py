@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import train
 from dataset import make_loaders
-from machinery.runtime import Runtime
+from machinery.device import Runtime
 from model import Net
 from train import (
     NonFiniteLossError,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from machinery.sampling import DRAWN_FOR, PADDING, draws_of, seeds_of
+from machinery.data.sampler import DRAWN_FOR, PADDING, draws_of, seeds_of
 
 
 class Images(Dataset):
@@ -97,7 +97,7 @@ class Images(Dataset):
         if transform is not None and self._augment:
             raise ValueError("augment and transform both say what happens to an image; give one of them")
         if transform is not None:
-            from machinery.pipeline import Pipeline  # noqa: PLC0415  as in `augmentation`
+            from machinery.data.transforms import Pipeline  # noqa: PLC0415  as in `augmentation`
 
             self._pipeline = Pipeline(transform, self.mean, self.std)
         self._transform = transform
@@ -179,6 +179,6 @@ def hole_colour(mean: Sequence[float]) -> tuple[int, ...]:
 
 def augmentation() -> ModuleType:
     """The module of that name, which brings Albumentations: a second that only those wait for who read images."""
-    from machinery import augmentation  # noqa: PLC0415
+    from machinery.data import augment  # noqa: PLC0415
 
-    return augmentation
+    return augment

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from machinery.errors import DataError
-from machinery.pictures import (
+from machinery.data.pictures import (
     Found,
     PictureError,
     find_pictures,

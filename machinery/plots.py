@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from machinery.images import Images
-from machinery.runtime import answering
+from machinery.data.images import Images
+from machinery.device import answering
 
 TRAIN, TEST, ORIGINAL = "#0072B2", "#D55E00", "#666666"  # colour-blind safe (Okabe & Ito, 2008)
 # Kind of convolution -> colour, colour-blind safe (Okabe & Ito, 2008)

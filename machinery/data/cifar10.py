@@ -216,11 +216,3 @@ def draw_synthetic(train: bool, count: int | None = None) -> tuple[np.ndarray, n
         picture = np.where(shapes[..., None], light, dark) + rng.normal(0, 15, (n, 32, 32, 3))
         images[start : start + n] = picture.clip(0, 255)
     return images, labels
-
-
-if __name__ == "__main__":
-    try:
-        print(f"CIFAR-10 is in {folder_in(prepare())}")
-    except DataError as error:
-        print(error, file=sys.stderr)
-        sys.exit(3 if isinstance(error, DataUnreachableError) else 1)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from machinery.device import Runtime, answering
+from machinery.distributed import failure_of_the_machine
 from machinery.errors import NonFiniteLossError, SettingError
-from machinery.processes import failure_of_the_machine
-from machinery.runtime import Runtime, answering
 
 # Of 6 views: how far the image moves, in pixels (down, right), and the weight of that place; each with its mirror
 # image. As in airbench (K. Jordan, 2024).

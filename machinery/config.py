@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machinery import files
+from machinery import checkpoint
+from machinery.data.sampler import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, MAX_SKIP, PADDING
 from machinery.errors import CheckpointError, SettingError
-from machinery.sampling import AUGMENTATIONS, DEFAULT_AUGMENT, MAX_PADDING, MAX_SKIP, PADDING
 
 SETS = ("cifar10", "synthetic")  # that have a name of their own
 # Settings that do not change what a run computes, so that a resumed run may have others.
@@ -168,7 +168,7 @@ def resumed(folder: str | Path, **changes: Any) -> Config:
         CheckpointError: There is no run, or its checkpoint is damaged.
     """
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    saved = settings_of(files.load(folder / "last.pt"), folder)
+    saved = settings_of(checkpoint.load(folder / "last.pt"), folder)
     return Config(**{**saved, "name": folder.name or None, "overwrite": False, **changes, "resume": folder})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from machinery.sampling import DRAWN_FOR, HOLE, EpochSampler, crop_corners, hole_corners, is_flipped
+from machinery.data.sampler import DRAWN_FOR, HOLE, EpochSampler, crop_corners, hole_corners, is_flipped
 
 ON_DEVICE = {"crop", "flip", "cutout"}  # the augmentations that `DeviceLoader` can do
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from machinery.sampling import TRANSFORM
+from machinery.data.sampler import TRANSFORM
 
 SCALING = (A.ToFloat, v1.ToTensor, v1.ConvertImageDtype, v2.ToTensor)  # after them, images are 0-1
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from machinery import processes
+from machinery import distributed
 from machinery.errors import NonFiniteLossError
 
 
@@ -31,7 +31,7 @@ class Meter:
     def start(self, title: str, loader: object, progress: bool | None) -> tqdm:
         """The clock, and a bar for the epoch, to be given to `add` and closed at the end."""
         self.title, self.began = title, time.perf_counter() - self.seconds
-        if processes.rank() > 0:
+        if distributed.rank() > 0:
             disable = True
         elif progress is not None:
             disable = not progress
@@ -41,7 +41,7 @@ class Meter:
             disable = None  # tqdm shows none where there is no terminal
         sampler = getattr(loader, "sampler", None)
         return tqdm(
-            total=len(sampler) * processes.world_size() if isinstance(sampler, Sized) else None,
+            total=len(sampler) * distributed.world_size() if isinstance(sampler, Sized) else None,
             initial=self.images,
             desc=title,
             unit=" images",
@@ -52,9 +52,9 @@ class Meter:
 
     def add(self, sums: Tensor, losses: Tensor, bar: tqdm) -> None:
         """A step: its sums (3,) of loss, right answers and images over all processes, and the losses of its own."""
-        count = len(losses) if processes.world_size() == 1 else int(sums[2])
+        count = len(losses) if distributed.world_size() == 1 else int(sums[2])
         if self.losses is not None:
-            self.losses.append(processes.interleave_over_ranks(losses, count))
+            self.losses.append(distributed.interleave_over_ranks(losses, count))
         self.sums += sums[:2]
         self.steps += 1
         self.images += count

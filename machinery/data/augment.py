@@ -16,7 +16,7 @@ import albumentations as A
 import cv2
 import numpy as np
 
-from machinery.sampling import (
+from machinery.data.sampler import (
     AUGMENTATIONS,
     DRAWN_FOR,
     HOLE,
