@@ -1,13 +1,15 @@
-"""Training: `train_one_epoch`, `evaluate` and `predict`, and `fit`, which makes a whole run of them.
+"""Training: `train_one_epoch`, `evaluate` and `predict`, and `fit`, a whole run of them.
 
 From a notebook: `history = fit(Config(epochs=4), model)`. From a terminal: `python train.py --epochs 4`.
 """
 
-import functools
+import contextlib
+import io
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from dataset import CLASSES, make_loaders
-from machinery import distributed
-from machinery.calibration import temperature_of
-from machinery.checks import batches_of, in_range, refuse_labels_beyond, refuse_non_finite, views_of
+from dataset import CLASSES, SIZE, Images, make_loaders
+from machinery import checks, device, distributed, optim
+from machinery.checkpoint import stop_requests, unwrapped
 from machinery.config import Config, parse_args, resumed
-from machinery.device import Captured, Runtime, answering, choose_runtime, describe_hardware, runtime_of, training_mode
+from machinery.data.augment import EpochSampler, cutmix, views_of
+from machinery.data.images import facts_of
+from machinery.data.loader import end_workers
+from machinery.device import Runtime, choose_runtime, describe_hardware
 from machinery.errors import (
     CheckpointError,
     DataError,
@@ -30,14 +34,13 @@ from machinery.errors import (
     SettingError,
     StoppedError,
     UnsavedError,
+    print_line,
 )
-from machinery.metrics import Meter
+from machinery.metrics import Forecast, Meter, temperature_of
 from machinery.optim import recipe_optimizer
-from machinery.run import running
+from machinery.record import facts_of_machine, known_of_data
+from machinery.run import Run
 from model import Net, WeightsError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Config", "evaluate", "fit", "make_loaders", "predict", "resumed", "train_one_epoch", "training_step"]
 __all__ += ["choose_runtime", "describe_hardware", "recipe_optimizer", "temperature_of"]
@@ -45,6 +48,9 @@ __all__ += ["CheckpointError", "DataError", "MachineError", "NonFiniteLossError"
 __all__ += ["UnsavedError", "WeightsError"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, 3, H, W), normalised, and labels, int64 (N,)
+
+STOP_STEPS = 10  # between two questions whether to stop, for which the processes of a GPU would wait each time
+CALIBRATION_IMAGES = 500  # at least, for a temperature
 
 
 def train_one_epoch(
@@ -62,52 +68,47 @@ def train_one_epoch(
     after_step: Callable[[], None] | None = None,
     step: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> tuple[float, float]:
-    """One pass over `loader`, a step of optimizer and scheduler per batch.
+    """One pass over `loader`, with a step of optimizer and scheduler per batch.
 
     Args:
-        model: Any network from (N, 3, H, W) to (N, classes), logits or log-probabilities; must be on the device.
+        model: Any network from (N, 3, H, W) to (N, classes), logits or log-probabilities, on the device.
         loader: Any iterable of batches, such as a DataLoader or a list.
-        scheduler: Stepped after every batch, not after the epoch.
-        runtime: From `choose_runtime`; by default what that finds best on the model's device.
-        mix: Called with images and labels, int64 (N,), of every batch, and returns what to train on in their place;
-            the labels may then be float (N, classes), the share of each. `torchvision.transforms.v2.CutMix` is such.
-        title: Stands before the bar.
-        progress: Whether to show a bar; by default on a terminal and in a notebook.
-        meter: Counts here, from where it stands: an epoch that was interrupted goes on, if the loader does so, too.
-        after_step: Called after every step, when all is in a state to be saved.
-        step: What is done with a batch, from `training_step`, with the optimizer and the label smoothing that it was
-            made with; by default made anew. For several epochs, make it once: on a CUDA device it is captured as a
-            graph.
+        scheduler: Stepped after every batch, not after the epoch; TypeError if it cannot be.
+        runtime: From `choose_runtime`; by default the fastest on the model's device.
+        mix: Replaces images and labels, int64 (N,), of every batch; its labels may be float (N, classes), as from
+            `torchvision.transforms.v2.CutMix`.
+        title, progress: Of the bar, and whether to show one; by default on a terminal and in a notebook.
+        meter: Counts on from where it stands, as when an epoch resumes.
+        after_step: Called after every step.
+        step: From `training_step`; by default made anew.
 
     Returns:
-        Mean loss (negative log-likelihood in nats, without smoothing, as `evaluate` gives it) and accuracy in percent,
-        over the images as they were met in training: augmented, and with the weights of that moment. Of mixed images,
-        the loss is to all shares, and the class with the largest is the right answer.
+        Mean loss (negative log-likelihood in nats, without smoothing) and accuracy in percent, on the images as
+        augmented. Of a mixed image, the class with the largest share counts as correct.
 
     Raises:
         NonFiniteLossError: The loss is infinite or NaN.
-        ValueError: The loader gives no images, or something else than (images, labels); or the network answers with
-            something else than scores (N, classes) for these labels.
-        TypeError: The scheduler cannot be stepped so.
+        ValueError: A batch is not (images, labels), or the network's outputs are not (N, classes).
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError("scheduler is stepped after every batch; step ReduceLROnPlateau yourself, after evaluate")
-    runtime = runtime or runtime_of(model)
-    meter = meter or Meter(torch.zeros(2, device=runtime.device))
+    runtime = runtime or device.runtime_of(model)
+    meter = meter or Meter(runtime.device)
+    batches = checks.batches_of(loader, runtime, None if step else model)
     step = step or training_step(model, optimizer, runtime, label_smoothing)
-    training_mode(model)
+    device.training_mode(model)
     with meter.start(title, loader, progress) as bar:
-        for images, labels in batches_of(loader):
-            images, labels = runtime.place(images), labels.to(runtime.device, non_blocking=True)
+        for images, labels in batches:
+            images, labels = runtime.place(images), runtime.move(labels)
             if mix:
                 images, labels = mix(images, labels)
             sums, losses = step(images, labels)
-            if scheduler:
+            if scheduler and (runtime.precision != "fp16" or optim.has_stepped(optimizer, scheduler)):
                 scheduler.step()
             meter.add(sums, losses, bar)
             if after_step:
                 after_step()
-    return meter.means(title)
+    return meter.means()
 
 
 def training_step(
@@ -117,88 +118,80 @@ def training_step(
     label_smoothing: float = 0.0,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """What is done with a batch: forward, backward, and a step of the optimizer.
+    """A function of images and labels: forward, loss, backward, and a step of the optimizer.
 
-    Takes images and labels, and returns the sums of `_sums` over all processes, and the loss of each image, (B,). In
-    fp16, the scaler leaves out steps whose gradients overflow, and such a loss counts as 0; if every step overflows, a
-    NonFiniteLossError is raised.
+    It returns `_sums` over all processes, and the loss of each image, (B,). fp16 skips steps whose gradients overflow;
+    NonFiniteLossError if every one does.
     """
     scaler = scaler or runtime.scaler()
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         scores = runtime.scores(model, images)  # (N, classes)
         if labels.ndim == 1:
-            refuse_labels_beyond(labels, scores.shape[1], "labels")
+            checks.refuse_labels_beyond(labels, scores.shape[1])
         loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
-        sums = distributed.sum_over_ranks(_sums(scores.detach(), labels))
-        losses = F.cross_entropy(scores.detach(), labels, reduction="none")
         optimizer.zero_grad()
-        scaler.scale(distributed.mean_over_ranks(loss, len(labels), sums[2])).backward()
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        return (sums, losses) if runtime.precision != "fp16" else in_range(scaler, sums, losses)
+        sums = distributed.sum_over_ranks(_sums(scores.detach(), labels))
+        losses = F.cross_entropy(scores.detach(), labels, reduction="none")
+        return (sums, losses) if runtime.precision != "fp16" else checks.in_range(scaler, sums, losses)
 
-    capturable = runtime.device.type == "cuda" and runtime.precision != "fp16" and distributed.world_size() == 1
-    return Captured(step) if capturable else step
+    return step
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module, loader: Batches, *, runtime: Runtime | None = None, views: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities float32 (N, classes) and labels int64 (N,) of all images, in the loader's order, on the CPU.
-
-    The model is left in the mode, train or eval, in which it came.
+    """Log-probabilities float32 (N, classes) and labels int64 (N,), in the loader's order, on the CPU.
 
     Args:
-        model: As in `train_one_epoch`.
-        loader: Likewise.
-        runtime: Likewise.
-        views: With 6, test-time augmentation: the mean of the log-probabilities for the image (half of the weight) and
-            for two copies moved by a pixel, each with its mirror image. Say so wherever you report the accuracy.
+        model, loader, runtime: As in `train_one_epoch`; the model runs in eval mode, and returns to its own.
+        views: With 6, test-time augmentation: the mean over the image (half of the weight) and two copies shifted by a
+            pixel, each with its mirror image. Mention it wherever you report the accuracy.
 
-    Raises:
-        ValueError: The loader gives no images, or something else than (images, labels).
-        NonFiniteLossError: An answer is infinite or NaN.
+    Raises ValueError as `train_one_epoch` or for no images, NonFiniteLossError if a prediction is infinite or NaN.
     """
-    runtime = runtime or runtime_of(model)
-    answers, labels = [], []
-    with answering(model):
-        for number, (images, batch_labels) in enumerate(batches_of(loader), 1):
-            answer: Tensor | int = 0
-            for view, weight in views_of(runtime.place(images), views):
-                answer = answer + weight * runtime.scores(model, view).log_softmax(1)  # (N, classes)
-            answers.append(torch.as_tensor(answer).cpu())
+    runtime = runtime or device.runtime_of(model)
+    predictions, labels = [], []
+    with device.eval_mode(model):
+        for number, (images, batch_labels) in enumerate(checks.batches_of(loader, runtime), 1):
+            mean: Tensor | int = 0
+            for view, weight in views_of(runtime.move(images), views):
+                scores = runtime.scores(model, runtime.place(view))  # (N, classes)
+                if number == 1:
+                    checks.warn_of_probabilities(scores)
+                mean = mean + weight * scores.log_softmax(1)
+            mean = torch.as_tensor(mean)
+            predictions.append((mean if views == 1 else mean.log_softmax(1)).cpu())
             labels.append(batch_labels.cpu())
-            refuse_non_finite(answers[-1], number)
-    if not answers:
+            if not predictions[-1].isfinite().all():
+                raise NonFiniteLossError(
+                    f"batch {number}: predictions are infinite or NaN; are its images, or weights?"
+                )
+    if not predictions:
         raise ValueError("the loader gives no images")
-    return torch.cat(answers), torch.cat(labels)
+    return torch.cat(predictions), torch.cat(labels)
 
 
 def evaluate(
     model: nn.Module, loader: Batches, *, runtime: Runtime | None = None, views: int = 1
 ) -> tuple[float, float]:
-    """Mean loss (negative log-likelihood in nats) and accuracy (percent) over all images, each counted once.
-
-    Arguments and errors are those of `predict`.
-    """
-    runtime = runtime or runtime_of(model)
+    """Mean loss (negative log-likelihood in nats) and accuracy (percent) over all images; arguments as in `predict`."""
+    runtime = runtime or device.runtime_of(model)
     log_probs, labels = predict(model, loader, runtime=runtime, views=views)
-    refuse_labels_beyond(labels, log_probs.shape[1], "labels")
-    sums = _sums(log_probs, labels).to(runtime.device)
+    checks.refuse_labels_beyond(labels, log_probs.shape[1])
+    sums = torch.cat([_sums(log_probs, labels), torch.tensor([float(len(labels))])]).to(runtime.device)
     loss_sum, correct, count = distributed.sum_over_ranks(sums).tolist()
     return loss_sum / count, 100 * correct / count
 
 
 def _sums(scores: Tensor, labels: Tensor) -> Tensor:
-    """(3,): the summed negative log-likelihood, how many answers are right, and of how many images.
-
-    Of shares of classes, the largest is the right one.
-    """
+    """(2,): the summed negative log-likelihood, and the number of correct predictions, by the largest share."""
     right = (scores.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
-    loss = F.cross_entropy(scores, labels, reduction="sum")
-    return torch.stack([loss, right, torch.full_like(right, len(labels))])
+    return torch.stack([F.cross_entropy(scores, labels, reduction="sum"), right])
 
 
 def fit(
@@ -212,105 +205,181 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], object] | None = None,
     progress: bool | None = None,
 ) -> dict[str, list]:
-    """Trains `model`, a new `Net` by default, in place, and saves what comes of it in runs/<name>/.
-
-    If it is a `Net` and was tested on held-out images, its logits are divided by `temperature_of` these in the end, so
-    that its probabilities are right as often as they say.
+    """Trains `model`, a new `Net` by default, in place, and saves the results in runs/<name>/.
 
     Args:
         config: All settings.
-        model: Any network from (N, 3, H, W) to (N, classes). Its weights are where training starts; pass `Net()` made
-            after `torch.manual_seed(config.seed)` to start where the default starts. Not together with
-            `config.weights`, which says the same for a `Net`.
-        train_set: Any Dataset of (float tensor (3, H, W), label), in the place of CIFAR-10. A `Net` made here has an
-            output for each of its `classes`.
-        test_set: Likewise, together with a train_set; without it, `config.holdout` says how many of the training
-            images are kept aside.
-        optimizer: Of your own, over the model's parameters. The learning rate then stays what it is, but for a
-            scheduler; `config.lr` is not used.
-        scheduler: Of your own, of that optimizer; stepped after every batch.
-        on_epoch: Called after every epoch, when it is saved, with what the history got of it.
-        progress: Whether to show bars; by default on a terminal and in a notebook.
+        model: Any network from (N, 3, H, W) to (N, classes), trained from its present weights. The default starts as
+            `Net()` made after `torch.manual_seed(config.seed)`.
+        train_set, test_set: Any Datasets of (float tensor (3, H, W), label), instead of CIFAR-10.
+        optimizer, scheduler: Of your own, over the model's parameters; the scheduler is stepped after every batch.
+        on_epoch: Called after every epoch, once saved, with its row of the history.
+        progress: Whether to show bars.
 
     Returns:
         The history, a list with a value per epoch under each of "epoch", "train_loss", "train_accuracy", "test_loss",
-        "test_accuracy" (losses in nats, accuracies in percent), "lr" (of the filters, when the epoch starts),
-        "seconds" (of training alone, since the start), "data", and "tested_on" ("test", or "held-out" with `holdout`).
-
-        Saved in the folder: see `machinery.run.Run`.
+        "test_accuracy" (losses in nats, accuracies in percent), "lr" (of the first group, at the epoch's start),
+        "seconds" (of training, cumulative), "data", and "tested_on" ("test", or "held-out" for validation images).
 
     Raises:
-        SettingError: A setting, or what was given besides, does not fit the data or the machine, or the folder already
-            holds a run.
-        DataError: CIFAR-10 is missing or damaged.
-        CheckpointError: The run to be resumed is missing, damaged, or of another network.
-        WeightsError: The file in `config.weights` is missing, damaged or of another network.
-        NonFiniteLossError: The loss is infinite or NaN; the last checkpoint is from before.
-        MachineError: Memory ran out, a process that prepares images died, or another one of this run died or cannot be
-            reached; the last checkpoint is from before.
-        StoppedError: Someone asked for an end; all is saved, and the message says how to go on.
-        UnsavedError: Training ended, but the disk did not take the result.
+        SettingError: A setting or argument does not fit the data, the machine or the folder.
+        DataError, CheckpointError, WeightsError: Data, run or weights are missing, damaged or unfit.
+        NonFiniteLossError, MachineError: The loss, memory or a process failed; the last checkpoint is from before.
+        StoppedError: Training was asked to stop; all is saved, and the message says how to resume.
+        UnsavedError: Training ended, but the result could not be written.
     """
-    loaders = functools.partial(make_loaders, train_set=train_set, test_set=test_set)
-    with running(config, model, optimizer, scheduler, network=_network, loaders=loaders, draw=_curves) as run:
-        step = training_step(run.network, run.optimizer, run.runtime, config.label_smoothing, run.scaler)
-        for title in run.epochs_left():
-            train = train_one_epoch(
-                run.network,
-                run.train_loader,
-                run.optimizer,
-                run.scheduler,
-                runtime=run.runtime,
-                mix=run.mix,
-                title=title,
-                progress=progress,
-                meter=run.meter,
-                after_step=run.after_step,
-                step=step,
-            )
-            test = evaluate(run.model, run.test_loader, runtime=run.runtime)
-            run.finish_epoch(train, test, on_epoch)
-        run.calibrate(lambda: predict(run.model, run.test_loader, runtime=run.runtime))
+    runtime = choose_runtime(config.device, config.precision, config.layout)
+    group = distributed.process_group(runtime.device.type, facts_of_machine(config, runtime))
+    with group, Run(config) as run, contextlib.ExitStack() as stack:
+        config = run.config
+        weights = None if run.state else config.weights
+        checks.refuse_half_given(weights, model, optimizer, scheduler)
+        by_recipe, is_fresh = optimizer is None, model is None and not config.weights
+
+        # Data
+        if model is None and weights:  # a damaged file is refused before a long download
+            distributed.broadcast_from_rank_0(lambda: bool(_new_network(weights, 10)))
+        known = known_of_data(config, run.state)
+        train_loader, test_loader = make_loaders(config, runtime.device, train_set, test_set, known=known)
+        stack.callback(end_workers, train_loader)
+        sampler: EpochSampler = train_loader.sampler  # type: ignore[assignment]
+        data, test_data = facts_of(train_loader.dataset), facts_of(test_loader.dataset)
+        distributed.refuse_differences({"train_set": str(data["digest"]), "test_set": str(test_data["digest"])})
+
+        # Network
+        torch.manual_seed(config.seed)
+        if model is None:
+            names = data["classes"]
+            model = distributed.broadcast_from_rank_0(lambda: _new_network(weights, len(names or CLASSES), names))
+        if distributed.rank():  # else the dropout and CutMix of all processes would be the same
+            torch.manual_seed(config.seed + distributed.rank())
+        device.keep_freed_memory()
+        model.to(runtime.device).to(memory_format=runtime.layout)  # type: ignore[call-overload]
+        runtime, outputs = checks.check_network(model, train_loader, test_loader, runtime, config.layout)
+        bare: Any = unwrapped(model)
+        classes = data["classes"] if len(data["classes"] or ()) == outputs else None
+        bare.trained_on = {"classes": classes, **{name: data[name] for name in ("size", "mean", "std")}}
+        mix = cutmix(config.cutmix, outputs)
+
+        # Optimizer and schedule
+        steps = [math.ceil(sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs)]
+        if optimizer is None:
+            optimizer = recipe_optimizer(model, config.lr)
+            scheduler = optim.linear_schedule(optimizer, steps)
+        scaler = runtime.scaler()
+
+        # What is saved, and, of a run that goes on, restored
+        meter = Meter(runtime.device, keeps_losses=bool(config.skip))
+        run.parts = {"model": bare, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        run.parts |= {"sampler": sampler, "meter": meter, "random": device.RandomStates()}
+        run.describe(runtime, {"train_set": data, "test_set": test_data}, by_recipe)
+        run.restore()
+        if by_recipe:
+            optim.set_rates(optimizer, scheduler)  # others if `epochs` has changed
+        optim.refuse_unfit(model, optimizer, scheduler, sum(steps))  # after restoring, which may change total_steps
+        sampler.epoch, sampler.start = run.epochs, meter.images
+        run.packed()  # what could not be read again is refused now
+
+        # Training
+        run.introduce(sampler.size)
+        forecast = Forecast(sum(map(sampler.count, range(run.epochs, config.epochs))) - meter.images)
+        with stop_requests() as request, distributed.parallel(model) as network:
+            step = training_step(network, optimizer, runtime, config.label_smoothing, scaler)
+            if device.graphs_fit(config.graphs, runtime, by_recipe, is_known=type(bare) is Net and on_epoch is None):
+                step = device.Captured(step)
+                optim.set_rates(optimizer, scheduler, runtime.device)
+
+            def after_step() -> None:
+                forecast.step(meter.images)
+                asks = meter.steps % STOP_STEPS == 0 or runtime.device.type == "cpu"
+                stop = distributed.max_over_ranks(request.signal) if asks else 0  # for the signal may reach one alone
+                if stop or run.is_due():
+                    run.save()
+                run.stop_if(stop)
+
+            options: dict[str, Any] = {"runtime": runtime, "mix": mix, "meter": meter, "progress": progress}
+            options |= {"step": step, "after_step": after_step}
+            for epoch in range(run.epochs, config.epochs):
+                title = run.begin_epoch()
+                train = train_one_epoch(network, train_loader, optimizer, scheduler, title=title, **options)
+                if config.skip:
+                    sampler.note(epoch, torch.cat(meter.losses))
+                test = evaluate(model, test_loader, runtime=runtime)
+                row = run.end_epoch(title, train, test)
+                _draw(run, "curves.png", "plot_curves", run.history, f"{'Muon ' if by_recipe else ''}learning rate")
+                if on_epoch and distributed.rank() == 0:
+                    with distributed.alone():
+                        on_epoch(row)
+                if epoch + 1 < config.epochs:
+                    run.stop_if(distributed.max_over_ranks(request.signal))
+        _finish(run, bare, test_loader, runtime, is_fresh)
     return run.history
 
 
-def _network(weights: str | None, classes: int, names: tuple[str, ...] | None = None) -> Net:
+def _new_network(weights: str | None, classes: int, names: tuple[str, ...] | None = None) -> Net:
+    """A `Net` with fresh weights or those of a file, whose classifier is kept if its classes match."""
     if not weights:
         return Net(classes)
     net = Net.from_pretrained(None if weights == "pretrained" else weights, num_classes=classes)
-    if names and names != (net.classes or CLASSES):  # as many as those of the weights, or fewer, but others
+    if names and net.classes and names != net.classes:  # as many, or fewer, but others
         net.fc = Net(classes).fc
     return net
 
 
-def _curves(history: dict[str, list]) -> "Figure":
-    from utils import plot_curves  # noqa: PLC0415  Matplotlib, which only the end of an epoch has to wait for
+def _finish(run: Run, model: Any, test_loader: Any, runtime: Runtime, is_fresh: bool) -> None:
+    """Calibrates a fresh `Net` on validation images, saves it and pictures of its mistakes, and prints where."""
+    log_probs, labels = (torch.cat(distributed.gather(part)) for part in predict(model, test_loader, runtime=runtime))
+    if is_fresh and run.record["test_set"]["is_validation"] and len(labels) >= CALIBRATION_IMAGES:
+        temperature = temperature_of(log_probs, labels)
+        model.apply_temperature(temperature)
+        log_probs = (log_probs / temperature).log_softmax(1)
+        run.record["temperature"] = temperature
+        distributed.print_rank0(f"calibrated on {len(labels):,} validation images: logits / {temperature:.3f}")
+        run.write_results()
+    names = model.trained_on["classes"] or [f"class {k}" for k in range(log_probs.shape[1])]
+    _draw(run, "confusion.png", "plot_confusion", log_probs, labels, names)
+    if isinstance(test_loader.dataset, Images) and distributed.world_size() == 1:  # else in another order
+        _draw(run, "misclassified.png", "plot_misclassified", test_loader.dataset, log_probs, labels)
+    _draw(run, "summary.txt", "show_summary", model, run.record["images"]["size"] or SIZE)
+    run.end()
 
-    return plot_curves(history)
+
+def _draw(run: Run, name: str, function: str, *arguments: Any) -> None:
+    """Saves what this function of utils draws or prints; a failure is only a warning."""
+    if distributed.rank():
+        return
+    picture, text = io.BytesIO(), io.StringIO()
+    try:
+        import utils  # noqa: PLC0415  Matplotlib, which only the end of an epoch has to wait for
+
+        with contextlib.redirect_stdout(text):
+            figure = getattr(utils, function)(*arguments)
+        if name.endswith(".png"):
+            figure.savefig(picture, format="png")
+    except Exception as error:  # whatever styles, backends, fonts or networks raise
+        distributed.print_rank0(f"warning: {name} cannot be made: {error}")
+    else:
+        run.write(name, picture.getvalue() or text.getvalue().encode())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    rank = os.environ["RANK"] if distributed.launch_id() else "0"
-    first = rank == "0" or os.environ.get("LOCAL_RANK") == "0"  # of torchrun's processes, on each machine one speaks
+    status, speaks = 1, not distributed.launch_id() or os.environ.get("LOCAL_RANK") == "0"  # one on each machine
     try:
         fit(parse_args(arguments))
+        return 0
     except StoppedError as stopped:
-        if first:
-            print(f"\n{stopped}", file=sys.stderr)
-        return 128 + stopped.signal
+        status, message = 128 + stopped.signal, f"\n{stopped}"
     except MachineError as error:  # of this process; the others only see that it is gone
-        print(f"{'' if first else f'process {rank}: '}error: {error}", file=sys.stderr)
-        return 1
+        process = "" if speaks else f"process {os.environ['RANK']}: "
+        message, speaks = f"{process}error: {error}", True
     except (SettingError, DataError, CheckpointError, WeightsError, NonFiniteLossError, UnsavedError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        if first:
-            print("\nstopped at once; if there is a runs/NAME/last.pt, --resume runs/NAME goes on", file=sys.stderr)
-        return 130
-    return 0
+        status, message = 130, "\nstopped at once; if there is a runs/NAME/last.pt, --resume runs/NAME goes on"
+    if speaks:
+        print_line(message, sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The machinery behind model.py, dataset.py, train.py and utils.py: users need not open it."""
+"""What model.py, dataset.py, train.py and utils.py build on."""

@@ -1,8 +1,8 @@
-"""Files that survive: written whole or not at all, checked before they are believed, and a way to stop in peace."""
+"""Checkpoints: written whole or not at all, checked when read; and stopping on a signal."""
 
 import contextlib
+import copy
 import errno
-import hashlib
 import io
 import math
 import os
@@ -10,32 +10,28 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from machinery.errors import CheckpointError
+from machinery.weights import FileError, load_plain, read_plain
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = ".lock"  # the file that says that a process is writing to the folder, and which launch of torchrun it is from
+LOCK = ".lock"  # the file that says that a process is writing to the folder
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)  # says a file system without them
 SCRATCH = ".new"  # ends the name of a file that is being written
-DIGEST_SIZE = hashlib.sha256().digest_size
+WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes beside `path`, flushes to the disk, reads it back and renames, so that `path` is the old or the new file.
-
-    A power cut, a kill or a full disk at any instant leaves the old file, and at worst a scratch file beside it, which
-    `remove_scratch` deletes.
-
-    Raises:
-        OSError: The disk is full, the folder is read-only, or what was written is not what is read back.
-    """
+    """Writes `content` so that `path` holds the old or the new file at any instant."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}{SCRATCH}")
     try:
@@ -43,118 +39,115 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if scratch.read_bytes() != content:
-            raise OSError(f"{scratch} does not hold what was written to it")
         os.replace(scratch, path)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise
-    with contextlib.suppress(OSError, AttributeError):  # Windows cannot open a folder, and need not
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+            scratch.unlink()  # if it was not renamed
+    with contextlib.suppress(OSError):  # Windows cannot open a folder, and need not
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself
+        os.close(folder)
 
 
 def remove_scratch(folder: Path) -> None:
-    """Deletes what a killed process had not finished writing in `folder`."""
+    """Deletes half-written files of killed processes from `folder`."""
     for path in folder.glob(f".*{SCRATCH}"):
         path.unlink(missing_ok=True)
 
 
-def lock(folder: Path, launch: str) -> io.TextIOBase:
-    """Marks the folder as written to by this process until it ends, and notes its launch, see `last_launch_id`.
-
-    The system frees the lock when the process dies, however it dies; data-loading workers do not inherit it. Windows
-    and some network file systems have no such lock, so there nothing is refused.
-
-    Returns:
-        The open file, which holds the lock.
-
-    Raises:
-        BlockingIOError: Another process has the lock.
-    """
-    file = open(folder / LOCK, "a+")  # noqa: SIM115
+def lock(folder: Path) -> BaseFileLock:
+    """Locks the folder until released or this process ends; BlockingIOError if the lock is taken."""
+    lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(f"another process is writing to {folder}") from None
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            file.close()
-            raise BlockingIOError(f"another process is writing to {folder}") from error
-    file.truncate(0)
-    file.write(launch)
-    file.flush()
-    return file
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
 
 
-def last_launch_id(folder: Path) -> str | None:
-    """Which launch of torchrun last wrote to the folder; empty if it was started alone, None if nobody did."""
-    try:
-        return (folder / LOCK).read_text()
-    except OSError:
-        return None
-
-
-def packed(state: dict[str, Any]) -> bytes:
-    """Tensors, numbers, strings, lists and dicts as `torch.save` writes them, followed by the sha256 of it all."""
+def packed(state: Any, name: str = "") -> bytes:
+    """Tensors and plain values as `torch.save` writes them; CheckpointError names an entry that `load` would refuse."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    return content + hashlib.sha256(content).digest()
+    try:
+        torch.save(_plain(state), buffer)
+        load_plain(buffer.getvalue())
+    except Exception as error:  # pickle and torch raise many kinds
+        parts = state.items() if isinstance(state, dict) else enumerate(state if type(state) in (list, tuple) else ())
+        for key, entry in parts:
+            packed(entry, f"{name}.{key}".lstrip("."))
+        raise CheckpointError(
+            f"cannot save {name}, a {type(state).__module__}.{type(state).__qualname__}: only tensors, numbers, "
+            "strings, lists and dicts of such can be read again"
+        ) from error
+    return buffer.getvalue()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `packed` made, on the CPU. Nothing is unpickled before the sha256 is right, and then only plain data.
-
-    Raises:
-        CheckpointError: The file is missing, truncated, altered, not a checkpoint, or holds more than plain data.
-    """
+    """What `packed` made, on the CPU; CheckpointError if it is missing, damaged, or not plain data."""
     try:
-        whole = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    content, digest = whole[:-DIGEST_SIZE], whole[-DIGEST_SIZE:]
-    if hashlib.sha256(content).digest() != digest:
-        raise CheckpointError(
-            f"{path} is truncated, altered or not a checkpoint of this project (its sha256 is wrong), and was not "
-            "loaded. Restore it from a copy, or start the run anew."
-        )
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that was made to mislead can cause
-        raise CheckpointError(
-            f"{path} holds something other than tensors and plain values, and was not loaded. "
-            "Do not use it unless you know where it comes from."
-        ) from error
+        return read_plain(path)
+    except FileError as error:
+        raise CheckpointError(f"cannot read the checkpoint: {error}") from error
 
 
+def weights_file(model: nn.Module) -> bytes:
+    """The content of model.pt: the weights under "model", beside `trained_on`."""
+    state = unwrapped(model).state_dict()
+    weights = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return packed({"model": weights, **dict.fromkeys(("classes", "size", "mean", "std")), **trained_on(model)})
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DataParallel, DistributedDataParallel, AveragedModel or torch.compile's wrapper."""
+    inner = model.module if isinstance(model, WRAPPERS) else getattr(model, "_orig_mod", None)
+    return model if inner is None else unwrapped(inner)
+
+
+def trained_on(model: nn.Module) -> dict[str, Any]:
+    """The network's `trained_on`: "classes", "size", "mean" and "std"; {} if it has none."""
+    known = getattr(unwrapped(model), "trained_on", None)
+    return known if isinstance(known, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """The value with NumPy's numbers as Python's, also in dicts, lists and tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        same = copy.copy(value)  # of its kind, with the versions that a state dict notes
+        same.clear()
+        same.update({_plain(name): _plain(entry) for name, entry in value.items()})  # a Counter would count pairs
+        return same
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+@dataclass
 class StopRequest:
-    """Whether someone asked for an end: Ctrl-C, the notebook's stop button, or a scheduler's SIGTERM.
+    """The number of the signal that requested a stop, or 0."""
 
-    `signal` is 0 until then. A further request raises KeyboardInterrupt at once, unless it comes within 1 s of the
-    first: torchrun forwards the Ctrl-C that the terminal has delivered already.
-    """
-
-    def __init__(self) -> None:
-        self.signal, self.time = 0, math.inf
-
-    def take(self, number: int, frame: object) -> None:
-        """The signal handler."""
-        if time.monotonic() > self.time + 1:
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal, self.time = number, time.monotonic()
+    signal: int = 0
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catches SIGINT and SIGTERM inside the `with`; outside the main thread, where nobody can, it catches nothing."""
-    request, before = StopRequest(), {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, request.take) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Catches SIGINT and SIGTERM inside the `with`, in the main thread.
+
+    A second request raises KeyboardInterrupt, unless within 1 s: torchrun repeats the terminal's Ctrl-C.
+    """
+    request, first = StopRequest(), math.inf
+
+    def take(number: int, frame: object) -> None:
+        nonlocal first
+        if time.monotonic() > first + 1:
+            raise KeyboardInterrupt
+        if not request.signal:
+            request.signal, first = number, time.monotonic()
+
+    is_main = threading.current_thread() is threading.main_thread()  # nobody else can catch them
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
     try:
         yield request
     finally:

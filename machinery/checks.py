@@ -1,30 +1,23 @@
-"""What a loop is given, looked at: batches, answers, and, before a run begins, the network with the first images."""
+"""Checks of batches, labels and predictions, and of the network with its images before a run."""
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from machinery.device import Runtime, answering
-from machinery.distributed import failure_of_the_machine
-from machinery.errors import NonFiniteLossError, SettingError
-
-# Of 6 views: how far the image moves, in pixels (down, right), and the weight of that place; each with its mirror
-# image. As in airbench (K. Jordan, 2024).
-VIEWS = (((0, 0), 0.5), ((1, 1), 0.25), ((-1, -1), 0.25))
+from machinery.data.augment import random_states
+from machinery.device import Runtime, eval_mode
+from machinery.errors import NonFiniteLossError, SettingError, failure_of_the_machine
 
 
-def batches_of(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of any iterable, images and labels; labels of other integers as int64.
-
-    Raises:
-        ValueError: A batch is something else, in one sentence.
-    """
+def batches_of(loader: Iterable[Any], runtime: Runtime, model: nn.Module | None = None) -> Iterator[tuple]:
+    """Yields (images, int64 labels) of any iterable; ValueError for other batches, or labels that would crash a GPU."""
+    outputs = 0
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(p, Tensor) for p in batch):
             length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
@@ -35,150 +28,88 @@ def batches_of(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
                 f"labels must be integers (N,), one for each of the N images, got {labels.dtype} {tuple(labels.shape)} "
                 f"with images {tuple(images.shape)}; labels of shape (N, 1) become such by labels.squeeze(1)"
             )
+        if model is not None and runtime.device.type != "cpu":
+            outputs = outputs or trial_scores(model, images[:2], runtime).shape[1]
+            refuse_labels_beyond(labels, outputs)
         yield images, labels.long()
 
 
-def views_of(images: Tensor, views: int) -> Iterator[tuple[Tensor, float]]:
-    """The images themselves for 1, and their six views for 6, (N, C, H, W) each, with weights that sum to 1.
-
-    Raises:
-        ValueError: Another number of views.
-    """
-    if views not in (1, 6):
-        raise ValueError(f"views must be 1 or 6 (the image, moved by a pixel two ways, each mirrored), got {views}")
-    if views == 1:
-        yield images, 1.0
-        return
-    height, width = images.shape[2:]
-    padded = F.pad(images, (1, 1, 1, 1), "reflect")
-    for (down, right), weight in VIEWS:
-        moved = padded[:, :, 1 - down : 1 - down + height, 1 - right : 1 - right + width]
-        yield moved, weight / 2
-        yield moved.flip(3), weight / 2
+def refuse_labels_beyond(labels: Tensor, classes: int) -> None:
+    """Raises ValueError if a label (N,) on the CPU is not from 0 to classes - 1; elsewhere checking would wait."""
+    if labels.device.type == "cpu" and len(wrong := labels[(labels < 0) | (labels >= classes)]):
+        raise ValueError(f"labels: label {wrong[0]} is not one of the network's {classes} outputs, 0 to {classes - 1}")
 
 
-def refuse_labels_beyond(labels: Tensor, classes: int, where: str) -> None:
-    """Raises ValueError if a label (N,) is below 0 or not below `classes`; looks on the CPU only, where it is free."""
-    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())
-        raise ValueError(f"{where}: label {wrong} is not one of the network's {classes} outputs, 0 to {classes - 1}")
-
-
-def refuse_non_finite(scores: Tensor, batch: int) -> None:
-    """Raises NonFiniteLossError if an answer is infinite or NaN."""
-    if not scores.isfinite().all():
-        raise NonFiniteLossError(
-            f"batch {batch}: answers are infinite or NaN; look for broken images there, or for such weights"
+def warn_of_probabilities(scores: Tensor) -> None:
+    """Warns if scores (N, classes) look like probabilities rather than logits."""
+    if scores.shape[1] > 1 and bool((scores >= 0).all()) and bool(((scores.sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "the network returns probabilities, which are taken for logits here, so that its losses and confidences "
+            "are wrong: leave out its softmax, or return probabilities.log()",
+            stacklevel=3,
         )
 
 
 def in_range(scaler: torch.amp.GradScaler, *values: Tensor) -> tuple[Tensor, ...]:
-    """The values of a step in fp16, with 0 where they overflowed.
-
-    Raises:
-        NonFiniteLossError: Steps overflowed until the scale fell below 1, so it is not for its size.
-    """
+    """The values of an fp16 step, 0 where they overflowed; NonFiniteLossError once the scale is below 1."""
     if scaler.get_scale() < 1:
         raise NonFiniteLossError("the loss or its gradients are infinite or NaN in every step. Try precision fp32.")
     return tuple(value.nan_to_num(0, 0, 0) for value in values)
 
 
-def try_out(
-    model: nn.Module, train_set: Any, test_set: Any, batch_size: int, runtime: Runtime, layout: str
+def trial_scores(model: nn.Module, images: Tensor, runtime: Runtime, *, training: bool = False) -> Tensor:
+    """The model's outputs (N, classes) for images on any device; model and random states stay unchanged."""
+    with torch.random.fork_rng([runtime.device] if runtime.device.type == "cuda" else []), torch.no_grad():
+        if training:
+            return runtime.scores(copy.deepcopy(model).train(), runtime.place(images))
+        with eval_mode(model):
+            return runtime.scores(model, runtime.place(images))
+
+
+def check_network(
+    model: nn.Module, train_loader: Any, test_loader: Any, runtime: Runtime, layout: str
 ) -> tuple[Runtime, int]:
-    """Lets the network, on its device, answer the first images of both sets, and leaves it and all random states as
-    they were.
+    """Runs the network on the first images of both sets, and tells the loaders its number of outputs.
 
-    Args:
-        batch_size: Of a process.
-        layout: As in `Config`; where it is "auto", a network that only takes contiguous images gets such.
-
-    Returns:
-        The runtime, maybe with another layout, and the number of classes that the network tells apart.
-
-    Raises:
-        SettingError: It does not take these images, or a set holds something else, in one sentence.
+    Returns the runtime, contiguous if the network needs that and `layout` is "auto", and the number of outputs. Raises
+    SettingError if the network does not take these images.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SettingError("model: none of its parameters requires a gradient, so there is nothing to train")
-    images = _first_images(train_set, "train_set")
-    others = _first_images(test_set, "test_set")
+    with random_states():
+        sets = (train_loader.dataset, test_loader.dataset)
+        images, others = (torch.stack([dataset[i][0] for i in range(len(dataset))[:2]]) for dataset in sets)
     if images.shape[1:] != others.shape[1:]:
-        raise SettingError(
-            f"test_set: its images are {tuple(others.shape[1:])}, those of train_set {tuple(images.shape[1:])}"
-        )
+        shapes = [tuple(images.shape[1:]), tuple(others.shape[1:])]
+        raise SettingError(f"test_set: its images are {shapes[1]}, those of train_set {shapes[0]}")
     try:
-        scores = _answers(model, images, runtime)
-    except RuntimeError as error:
+        scores = trial_scores(model, images, runtime)
+    except (RuntimeError, ValueError) as error:
+        if layout == "auto" and runtime.channels_last and "view size is not compatible" in str(error):
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            runtime = dataclasses.replace(runtime, channels_last=False)
+            return check_network(model, train_loader, test_loader, runtime, layout)
         if failure_of_the_machine(error):
             raise
-        if "view size is not compatible" not in str(error) or layout != "auto" or not runtime.channels_last:
-            raise SettingError(f"model: it does not take images of shape {tuple(images.shape)}: {error}") from error
-        runtime = dataclasses.replace(runtime, channels_last=False)
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        scores = _answers(model, images, runtime)
-    except ValueError as error:
-        raise SettingError(f"model: {error}") from error
-    for name, dataset in (("train_set", train_set), ("test_set", test_set)):
+        raise SettingError(f"model: it does not take images of shape {tuple(images.shape)}: {error}") from error
+    warn_of_probabilities(scores)
+    for loader in (train_loader, test_loader):
+        loader.set_outputs(scores.shape[1])
+    sampler = train_loader.sampler
+    lasts = {sampler.count(epoch) // sampler.ranks % train_loader.share for epoch in (0, 1)}
+    if 1 in lasts and any(isinstance(layer, _BatchNorm) for layer in model.modules()):
         try:
-            refuse_labels_beyond(torch.as_tensor(_labels_of(dataset)), scores.shape[1], name)
+            trial_scores(model, images[:1], runtime, training=True)
         except ValueError as error:
-            raise SettingError(str(error)) from error
-    if len(train_set) % batch_size == 1 and any(isinstance(layer, _BatchNorm) for layer in model.modules()):
-        try:
-            _answers(copy.deepcopy(model).train(), images[:1], runtime)
-        except ValueError as error:
-            raise SettingError(
-                f"batch_size: the last batch of {len(train_set)} images has only one, of which BatchNorm cannot take a "
-                f"variance, got {batch_size}"
-            ) from error
+            raise SettingError(f"batch_size: the last batch of an epoch has only one image: {error}") from error
     return runtime, scores.shape[1]
 
 
-def _answers(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
-    with torch.random.fork_rng(), torch.no_grad():
-        if model.training and len(images) == 1:
-            return runtime.scores(model, runtime.place(images))
-        with answering(model):
-            return runtime.scores(model, runtime.place(images))
-
-
-def _first_images(dataset: Any, name: str) -> Tensor:
-    """Of a Dataset, float32 (1 or 2, C, H, W)."""
-    with torch.random.fork_rng():
-        items = [dataset[i] for i in range(min(2, len(dataset)))]
-    for item in items:
-        image = item[0] if isinstance(item, tuple | list) and len(item) == 2 else None
-        if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
-            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(item).__name__}"
-            raise SettingError(f"{name}: an item must be (float tensor (C, H, W), label), got {found}")
-        if isinstance(item[1], float) or (isinstance(item[1], Tensor) and item[1].ndim):
-            raise SettingError(f"{name}: a label must be an integer, got {item[1]!r}")
-    if len({item[0].shape for item in items}) > 1:
-        raise SettingError(
-            f"{name}: images must have one size, got {' and '.join(str(tuple(i[0].shape)) for i in items)}"
-        )
-    return torch.stack([item[0] for item in items])
-
-
-def told_by(dataset: Any, *names: str) -> Any:
-    """The first of these attributes that a Dataset has, or the one that it wraps; else None."""
-    for name in names:
-        if hasattr(dataset, name):
-            return getattr(dataset, name)
-    return told_by(dataset.dataset, *names) if hasattr(dataset, "dataset") else None
-
-
-def _labels_of(dataset: Any) -> Any:
-    """All labels, where a Dataset tells them without reading its images; else none."""
-    if isinstance(dataset, torch.utils.data.Subset):
-        inside = torch.as_tensor(_labels_of(dataset.dataset))
-        return inside[torch.as_tensor(dataset.indices)] if len(inside) else ()
-    if isinstance(dataset, torch.utils.data.ConcatDataset):
-        return torch.cat([torch.as_tensor(_labels_of(part)) for part in dataset.datasets])
-    if isinstance(dataset, torch.utils.data.TensorDataset):
-        return dataset.tensors[-1]
-    if hasattr(dataset, "dataset"):
-        return _labels_of(dataset.dataset)
-    labels = told_by(dataset, "labels", "targets")
-    return () if labels is None else labels
+def refuse_half_given(weights: object, model: object, optimizer: object, scheduler: object) -> None:
+    """Raises SettingError if arguments of `fit` contradict or lack each other."""
+    if model is not None and weights:
+        raise SettingError("weights and a model of your own both say where training starts; give one of them")
+    if model is None and optimizer is not None:
+        raise SettingError("an optimizer of your own needs the model whose parameters it has")
+    if optimizer is None and scheduler is not None:
+        raise SettingError("scheduler: it needs the optimizer that it is of; give fit both")

@@ -1,4 +1,4 @@
-"""The optimizer: orthogonalised momentum for dense convolution filters, Adam for everything else."""
+"""The optimizer: orthogonalised momentum for dense convolutions, Adam for the rest."""
 
 import itertools
 from collections import defaultdict
@@ -17,27 +17,19 @@ from machinery.errors import SettingError
 
 
 class Muon(Optimizer):
-    """Muon for the groups with `orthogonal=True`, Adam for the others.
+    """Muon for the groups with `orthogonal=True`, Adam (Kingma & Ba, 2015) for the others.
 
     Muon (K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) takes the momentum of a
     filter bank as a matrix (out, in * height * width) and steps along the nearest orthogonal one, so that every
-    direction learns at the same pace. With `rescale`, filters are brought to norm sqrt(out) before each step; the
-    BatchNorm behind them undoes their scale anyway, and the rate then says how far a step turns them.
-    (`torch.optim.Muon` takes neither convolutions nor rescaling.) Adam (Kingma & Ba, 2015) does the same for single
-    numbers: how far a step goes depends on the rate alone, not on the scale of the gradients.
+    direction learns at the same pace. (`torch.optim.Muon` takes neither convolutions nor rescaling.)
 
     Args:
-        params: Parameters or groups, as for every torch optimizer.
-        lr: Step length: for Muon, of each direction, which says how far filters turn if they are rescaled; for Adam, in
-            units of the parameter.
-        momentum: Share of the past gradients that Muon keeps, 0 to 1.
-        betas: Shares of the past gradients and of their squares that Adam keeps, 0 to 1.
-        eps: Keeps Adam from dividing by zero.
-        orthogonal: Whether to orthogonalise; takes parameters of two dimensions or more.
-        rescale: Whether to bring the filters to norm sqrt(out); for layers with BatchNorm behind them.
-
-    Raises:
-        ValueError: A group is to be orthogonalised that has parameters of fewer than two dimensions.
+        params: Parameters or groups; ValueError if one to be orthogonalised has fewer than two dimensions.
+        lr: Step length: for Muon, of each direction; for Adam, in units of the parameter.
+        momentum: Muon's decay, 0 to 1.
+        betas, eps: Adam's.
+        rescale: Whether to bring filters to norm sqrt(out) before each step, for layers followed by BatchNorm, which
+            undoes their scale; the rate is then the angle of a step.
     """
 
     def __init__(
@@ -64,13 +56,10 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            gradients = [p.grad for p in parameters]
             if parameters:
                 (self._muon_step if group["orthogonal"] else self._adam_step)(parameters, gradients, group)
         return loss
@@ -95,7 +84,7 @@ class Muon(Optimizer):
                 parameters[i].sub_(step.view_as(directions[i]) * group["lr"])
 
     def _adam_step(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        on_cuda = parameters[0].is_cuda
+        kind = parameters[0].device.type
         adam(
             parameters,
             gradients,
@@ -103,9 +92,9 @@ class Muon(Optimizer):
             [self._state(p, "square") for p in parameters],
             [],
             [self._state(p, "steps") for p in parameters],
-            foreach=not on_cuda,
-            fused=on_cuda,
-            capturable=on_cuda,
+            foreach=kind == "cpu",
+            fused=kind != "cpu",  # on MPS, what is not fused reads each step count on the host
+            capturable=kind == "cuda",
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -117,20 +106,15 @@ class Muon(Optimizer):
 
     def _state(self, parameter: Tensor, name: str) -> Tensor:
         state = self.state[parameter]
-        if name not in state and name == "steps":  # in checkpoints from before, "step", an integer
-            state[name] = torch.full((), float(state.pop("step", 0)), device=parameter.device)
-        elif name not in state:
-            state[name] = torch.zeros_like(parameter)
+        if name not in state:
+            state[name] = torch.zeros((), device=parameter.device) if name == "steps" else torch.zeros_like(parameter)
         return state[name]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearly the orthogonal matrix nearest to each of `matrices` (..., M, N): singular values of about 1.
+    """Nearly the orthogonal matrix nearest to each of `matrices` (..., M, N), by three of Muon's Newton-Schulz steps.
 
-    Three Newton-Schulz steps, with the coefficients of K. Jordan's Muon, chosen for the steepest rise from 0. They
-    bring singular values to 0.7 to 1.2, but for those below a fiftieth of the norm, which stay short: in the gradient
-    of a small batch they are noise. In bf16, but in fp32 on processors and GPUs that only emulate it, and on MPS: with
-    AVX2 alone, bf16 takes 24 times as long.
+    Singular values become 0.7 to 1.2, except those below a fiftieth of the norm, which are noise.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if fastest_precision(matrices.device.type) == "bf16" else matrices.float()
@@ -144,12 +128,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def recipe_optimizer(model: nn.Module, lr: float = 0.12) -> Muon:
-    """The recipe's optimizer for any network, not only `Net`.
+    """The recipe's optimizer, for any network.
 
-    Dense filters of at least 32 weights go to Muon at `lr`. Everything else goes to Adam, biases at lr / 6 and the rest
-    (smaller and depthwise filters, BatchNorm's gains, linear layers) at lr / 12; its betas and eps are those that K.
-    Jordan pairs with Muon. Filters are rescaled where the network has BatchNorm at all, taken to stand behind every
-    dense convolution; where it does not, pretrained filters would lose their scale.
+    Dense filters of at least 32 weights go to Muon at `lr`, biases to Adam at lr / 6, the rest (smaller and depthwise
+    filters, BatchNorm's gains, linear layers) to Adam at lr / 12. Filters are rescaled if the network has BatchNorm;
+    without it, pretrained filters would lose their scale.
     """
     filters: list[Tensor] = []
     biases: list[Tensor] = []
@@ -167,30 +150,14 @@ def recipe_optimizer(model: nn.Module, lr: float = 0.12) -> Muon:
     return Muon([group for group in groups if group["params"]])
 
 
-def optimizer_and_scheduler(
-    model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, lr: float, lengths: list[int]
-) -> tuple[Optimizer, LRScheduler | None]:
-    """Those given, if they fit each other and the model; else those of the recipe.
+def linear_schedule(optimizer: Optimizer, steps: list[int]) -> LambdaLR:
+    """The rates fall linearly to 0 over all epochs."""
+    ends = [0, *itertools.accumulate(steps)]  # the steps at which epochs end
+    return LambdaLR(optimizer, lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / len(steps))
 
-    Args:
-        model: What they train.
-        optimizer: Of its parameters, or None for that of the recipe, with a learning rate that falls linearly to 0
-            over all epochs.
-        scheduler: Of that optimizer, if one is given.
-        lr: Of the recipe.
-        lengths: How many steps each epoch has.
 
-    Raises:
-        SettingError: They do not fit.
-    """
-    if optimizer is None:
-        if scheduler is not None:
-            raise SettingError("scheduler: it needs the optimizer that it is of; give fit both")
-        ends = [0, *itertools.accumulate(lengths)]  # the steps at which epochs end
-        optimizer = recipe_optimizer(model, lr)
-        return optimizer, LambdaLR(
-            optimizer, lambda step: 1 - float(np.interp(step, ends, range(len(ends)))) / len(lengths)
-        )
+def refuse_unfit(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, steps: int) -> None:
+    """Raises SettingError if optimizer or scheduler do not fit the model, each other, or so many steps."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if unknown := own - set(map(id, model.parameters())):
         raise SettingError(f"optimizer: {len(unknown)} of its parameters are not of this model")
@@ -198,4 +165,20 @@ def optimizer_and_scheduler(
         raise SettingError("scheduler: it is of another optimizer than the one given")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise SettingError("scheduler: it is stepped after every batch, which ReduceLROnPlateau cannot be")
-    return optimizer, scheduler
+    total = getattr(scheduler, "total_steps", None)  # of OneCycleLR
+    if isinstance(total, int) and total < steps:
+        raise SettingError(f"scheduler: its total_steps are {total}, and the run has {steps} steps; make it with these")
+
+
+def set_rates(optimizer: Optimizer, scheduler: Any, device: torch.device | None = None) -> None:
+    """Sets the rates of a `linear_schedule` at its step; on a `device` as tensors, for CUDA graphs."""
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        rate = float(base) * factor(scheduler.last_epoch)
+        group["lr"] = rate if device is None else torch.tensor(rate, device=device)
+
+
+def has_stepped(optimizer: Optimizer, scheduler: LRScheduler) -> bool:
+    """Whether the optimizer has stepped since the scheduler began; fp16 may skip the first steps."""
+    if getattr(scheduler, "_step_count", 1) > 1:  # before an interruption, maybe; it counts its own beginning
+        return True
+    return getattr(optimizer, "_opt_called", not hasattr(optimizer.step, "_wrapped_by_lr_sched"))  # noted by torch

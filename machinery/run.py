@@ -1,410 +1,253 @@
-"""A training, from its settings to its saved result, alone or as one of several processes."""
+"""A run: its folder, runs/NAME, locked and written whole, and saving and restoring its parts."""
 
 import contextlib
 import dataclasses
-import functools
-import io
+import itertools
 import json
-import math
+import shlex
+import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
 
-from machinery import checkpoint, distributed, machines
-from machinery.calibration import temperature_of
-from machinery.checks import told_by, try_out
-from machinery.config import Config
-from machinery.data.loader import end_workers
-from machinery.data.sampler import EpochSampler
-from machinery.device import Runtime, choose_runtime, keep_freed_memory
-from machinery.errors import CheckpointError, MachineError, NonFiniteLossError, SettingError, StoppedError, UnsavedError
-from machinery.folder import NOTED, Folder, facts_of, new_record
-from machinery.metrics import Meter
-from machinery.optim import optimizer_and_scheduler
-from machinery.words import remaining, say
+from machinery import checkpoint, distributed
+from machinery.config import Config, folder_of, refuse_other_settings, settings_of
+from machinery.device import Runtime
+from machinery.distributed import broadcast_from_rank_0, print_rank0, rank
+from machinery.errors import (
+    CheckpointError,
+    MachineError,
+    NonFiniteLossError,
+    SettingError,
+    StoppedError,
+    UnsavedError,
+    failure_of_the_machine,
+    print_line,
+)
+from machinery.record import after_restart, go_on, new_record, refuse_separate
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@contextlib.contextmanager
-def running(
-    config: Config,
-    model: nn.Module | None,
-    optimizer: Optimizer | None,
-    scheduler: LRScheduler | None,
-    *,
-    network: Callable[[str | None, int, tuple[str, ...] | None], nn.Module],
-    loaders: Callable[[Config, torch.device], tuple[DataLoader, DataLoader]],
-    draw: Callable[[dict[str, list]], "Figure"],
-) -> Iterator["Run"]:
-    """The run that these settings begin or take up, ready for its next epoch; at the end, all is saved or said.
-
-    Args:
-        config: All settings.
-        model: What is trained, in place; if None, what `network` returns.
-        optimizer: Of its parameters; if None, that of the recipe.
-        scheduler: Of the optimizer; if None, that of the recipe with its optimizer, and none with another.
-        network: Makes one that begins with the weights in this file, or, given None, with fresh ones, for so many
-            classes, of these names if they are the user's own.
-        loaders: Makes the loader of the training images and that of the images to test on.
-        draw: The picture of a history.
-    """
-    runtime = choose_runtime(config.device, config.precision, config.layout)
-    meet = functools.partial(machines.meet, facts=facts_of(config, runtime) if machines.several() else {})
-    machines.refuse_unknown_leader()
-    with distributed.process_group(runtime.device.type, meet), Folder(config) as folder:
-        config, state = folder.config, folder.read()
-        if model is None and config.weights and not state:
-            distributed.broadcast_from_rank_0(
-                lambda: bool(network(config.weights, 10, None))
-            )  # refused before a long download
-        both = train_loader, test_loader = loaders(config, runtime.device)
-        machines.refuse_other_data(train_loader.dataset, test_loader.dataset)
-        names = told_by(train_loader.dataset, "classes")
-        torch.manual_seed(config.seed)
-        if model is None:
-            weights, count = None if state else config.weights, len(names or range(10))
-            own = names if told_by(train_loader.dataset, "source") == "your own" else None
-            model = distributed.broadcast_from_rank_0(lambda: network(weights, count, own))
-            if optimizer:
-                raise SettingError("an optimizer of your own needs the model whose parameters it has")
-        elif config.weights and not state:
-            raise SettingError("weights and a model of your own both say where training starts; give one of them")
-        if distributed.rank():  # else the dropout and CutMix of all processes would be the same
-            torch.manual_seed(config.seed + distributed.rank())
-        keep_freed_memory()
-        layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
-        model.to(runtime.device).to(memory_format=layout)  # type: ignore[call-overload]
-        share = config.batch_size // distributed.world_size()
-        sets = train_loader.dataset, test_loader.dataset
-        try:
-            runtime, classes = try_out(model, *sets, share, runtime, config.layout)
-            run = Run(config, model, classes, optimizer, scheduler, runtime, both, folder, draw)
-            if state:
-                run.take_up(state)
-            run.introduce()
-            with checkpoint.stop_requests() as run.request, distributed.parallel(model) as run.network:
-                yield run
-        except (RuntimeError, MemoryError, OSError, EOFError) as error:
-            if cause := distributed.failure_of_the_machine(error):
-                raise MachineError(f"{cause}\n{folder.how_to_go_on()}") from error
-            raise
-        finally:
-            end_workers(train_loader)
-        run.check()
+FILES = ("last.pt", "model.pt", "metrics.json", "curves.png", "confusion.png", "misclassified.png", "summary.txt")
 
 
 class Run:
-    """What a training consists of, and what is saved of it in runs/<name>/.
+    """A run's folder, locked inside the `with`; of several processes, the first one writes.
 
-    Saved together: last.pt (weights, optimizer, schedule, place in the epoch, losses where `skip` needs them, history,
-    settings, random states), and after every epoch metrics.json (history, settings, versions, hardware, times, and the
-    same of the runs before if it began with weights of theirs), curves.png and model.pt.
+    SettingError or CheckpointError if the folder is unfit; MachineError if memory, disk or another process fails.
     """
 
-    request: checkpoint.StopRequest  # by `running`
-    network: nn.Module  # by `running`: the model as all processes train it together
+    def __init__(self, config: Config) -> None:
+        self.config = after_restart(config)
+        self.state: dict[str, Any] | None = None  # the last.pt of a run that goes on, until it is restored
+        self.record: dict[str, Any] = {}  # metrics.json
+        self.items: dict[str, torch.Tensor | None] = {}  # hashes of a folder's pictures
+        self.parts: dict[str, Any] = {}  # what has a state_dict and a load_state_dict, or None; together, last.pt
+        self.errors: dict[str, OSError] = {}  # why the last writing of a file failed, by its name
+        self.rate = 0.0  # learning rate when the epoch began
+        self.started = self.saved_at = time.perf_counter()
 
-    def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        classes: int,
-        optimizer: Optimizer | None,
-        scheduler: LRScheduler | None,
-        runtime: Runtime,
-        loaders: tuple[DataLoader, DataLoader],
-        folder: Folder,
-        draw: Callable[[dict[str, list]], "Figure"],
-    ) -> None:
-        self.config, self.model, self.classes, self.runtime = config, model, classes, runtime
-        self.folder, self.draw = folder, draw
-        self.train_loader, self.test_loader = loaders
-        self.sampler = cast(EpochSampler, self.train_loader.sampler)
-        self.bare = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
-        self.data = told_by(self.train_loader.dataset, "source") or "your own"
-        self.tested_on = "held-out" if told_by(self.test_loader.dataset, "is_held_out") else "test"
-        names = told_by(self.train_loader.dataset, "classes")
-        self.result = new_record(config, self.bare, runtime)
-        self.result |= {"data": self.data, "classes": list(names) if names else None}
-        self.result["images"] = told_by(self.train_loader.dataset, "kind")
-        self.by_recipe = optimizer is None
-        lengths = [math.ceil(self.sampler.count(epoch) / config.batch_size) for epoch in range(config.epochs)]
-        self.optimizer, self.scheduler = optimizer_and_scheduler(model, optimizer, scheduler, config.lr, lengths)
-        self.result |= {
-            "optimizer": type(self.optimizer).__name__,
-            "scheduler": type(self.scheduler).__name__ if self.scheduler else "None",
-        }
-        self._rates_to_device()
-        self.scaler = runtime.scaler()
-        self.meter = self._empty_meter()
-        self.started = self.saved_at = self.began = time.perf_counter()
-        self.sitting = 0  # epochs since then
+    def __enter__(self) -> "Run":
+        resume = self.config.resume
+        refuse_separate(Path(resume).parent if resume else Path("runs"))
+        with contextlib.ExitStack() as stack:
+            self.path = broadcast_from_rank_0(lambda: stack.enter_context(_held(self.config)))
+            if resume:
+                self.state = broadcast_from_rank_0(lambda: checkpoint.load(self.path / "last.pt"))
+                refuse_other_settings(self.config, settings_of(self.state, self.path), self.path)
+            self.stack = stack.pop_all()
+        return self
 
-    @property
-    def mix(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-        """What makes CutMix (Yun et al., 2019) of `config.cutmix` of the batches; None for 0."""
-        if not self.config.cutmix:
-            return None
-        from torchvision.transforms import v2  # noqa: PLC0415  takes a second, and only this needs it
-
-        return v2.RandomApply([v2.CutMix(num_classes=self.classes)], self.config.cutmix)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.stack.close()
+        if error and (cause := failure_of_the_machine(error)):
+            raise MachineError(f"{cause}\n{self.how_to_go_on()}") from error
 
     @property
     def history(self) -> dict[str, list]:
-        return self.result["history"]
+        return self.record["history"]
 
     @property
     def epochs(self) -> int:
         """How many are finished."""
         return len(self.history.get("epoch", ()))
 
-    def introduce(self) -> None:
-        """Says what is trained, on what, and where the results go."""
-        ranks = distributed.world_size()
-        self.say(
-            f"{self.result['network']}, {self.result['parameters']:,} parameters, on {self.sampler.size:,} images "
-            f"of {self.data}; {self.runtime}{f', {ranks} processes' if ranks > 1 else ''}\n"
-            f"results in {self.folder.path}"
-            + (f", going on after {self.epochs} epochs and {self.meter.steps} steps" if self.config.resume else "")
+    def describe(self, runtime: Runtime, sets: dict[str, dict[str, Any]], by_recipe: bool) -> None:
+        """Begins the record, from the parts and the `facts_of` both sets; if resumed, compares it."""
+        self.items = {name: facts.pop("items") for name, facts in sets.items()}
+        self.record = new_record(self.config, self.parts, runtime, sets)
+        if self.state:
+            go_on(self.record, self.state, self.items, by_recipe, self.path)
+
+    def restore(self) -> None:
+        """Restores all parts of a resumed run; CheckpointError if they do not fit."""
+        if not self.state:
+            return
+        try:
+            for name, part in self.parts.items():
+                own = name != "random" or rank() == 0  # else all ranks would draw as the first one
+                if own and (saved := self.state[name]):  # empty for the scaler of bf16 and fp32
+                    part.load_state_dict(saved)
+            self.rate = self.state["rate"]
+            if len({len(values) for values in self.history.values()}) > 1:
+                raise ValueError("its history is incomplete")
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            path = self.path / "last.pt"
+            raise CheckpointError(f"{path} does not fit this network, or is damaged: {error}") from error
+        self.state = None
+        if self.epochs and not self.parts["meter"].steps:
+            self.write_results()  # whoever was killed may have had no time for them
+
+    def introduce(self, images: int) -> None:
+        """Prints what is trained, on what, and where results go."""
+        network, parameters, data = (self.record[name] for name in ("network", "parameters", "data"))
+        processes = f", {self.record['processes']} processes" if self.record["processes"] > 1 else ""
+        print_rank0(
+            f"{network}, {parameters:,} parameters, on {images:,} images of {data}; {self.record['runtime']}{processes}"
+            f"\nresults in {self.path}{f', going on after {self.place()}' if self.rate else ''}"
         )
 
-    def say(self, text: str) -> None:
-        """Prints, once for all processes."""
-        if distributed.rank() == 0:
-            say(text)
+    def place(self) -> str:
+        """How far the run is."""
+        return f"{self.epochs} epochs and {self.parts['meter'].steps} steps"
 
-    def epochs_left(self) -> Iterator[str]:
-        """A title for each epoch that the run still lacks."""
-        for epoch in range(self.epochs + 1, self.config.epochs + 1):
-            self.title = f"epoch {epoch}/{self.config.epochs}" + (" (synthetic)" if self.data == "synthetic" else "")
-            if not self.meter.steps:
-                self.rate = float(self.optimizer.param_groups[0]["lr"])
-            yield self.title
+    def begin_epoch(self) -> str:
+        """Notes the learning rate of the next epoch, and returns its title."""
+        if not self.parts["meter"].steps:
+            self.rate = float(self.parts["optimizer"].param_groups[0]["lr"])
+        synthetic = " (synthetic)" if self.record["data"] == "synthetic" else ""
+        return f"epoch {self.epochs + 1}/{self.config.epochs}{synthetic}"
 
-    def after_step(self) -> None:
-        """Saves if it is time to, and ends the run if someone asked for it."""
-        stop = distributed.max_over_ranks(self.request.signal)  # of all, which are asked at different moments
-        if stop or time.perf_counter() - self.saved_at > 60 * self.config.save_minutes:
-            self.save()
-        self._end_if(stop)
-
-    def finish_epoch(
-        self,
-        train: tuple[float, float],
-        test: tuple[float, float],
-        on_epoch: Callable[[dict[str, Any]], object] | None = None,
-    ) -> None:
-        """Adds an epoch to the history, says how it went, and saves everything.
-
-        Args:
-            train: Mean loss in nats, and accuracy in percent.
-            test: Likewise.
-            on_epoch: Called afterwards with what the history got, by the first of several processes.
-
-        Raises:
-            NonFiniteLossError: The loss or a weight became infinite or NaN; what was saved before is kept.
-            StoppedError: Someone asked for an end, and there are epochs left.
-        """
-        if self.meter.losses is not None:
-            self.sampler.note(self.epochs, torch.cat(self.meter.losses))
-        if not math.isfinite(test[0]):
-            raise NonFiniteLossError(
-                f"{self.title}: the weights became infinite or NaN. Try a lower lr, or precision fp32."
-            )
-        config, before = self.config, self.history.get("seconds", [0.0])[-1]
+    def end_epoch(self, title: str, train: tuple[float, float], test: tuple[float, float]) -> dict[str, Any]:
+        """Adds an epoch, with its mean losses in nats and accuracies in percent, to the history, and saves."""
+        meter, before = self.parts["meter"], self.history.get("seconds", [0.0])[-1]
         row = {
             "epoch": self.epochs + 1,
             "train_loss": train[0],
             "train_accuracy": train[1],
             "test_loss": test[0],
             "test_accuracy": test[1],
-            # By the recipe's own formula, which rounding in the optimizer does not reach.
-            "lr": config.lr * (1 - self.epochs / config.epochs) if self.by_recipe else self.rate,
-            "seconds": round(before + self.meter.seconds, 2),
-            "data": self.data,
-            "tested_on": self.tested_on,
+            "lr": self.rate,
+            "seconds": round(before + meter.seconds, 2),
+            "data": self.record["data"],
+            "tested_on": "held-out" if self.record["test_set"]["is_validation"] else "test",
         }
         for column, value in row.items():
             self.history.setdefault(column, []).append(value)
-        self.meter = self._empty_meter()
-        self.say(
-            f"{self.title}: train {train[1]:.2f} % (loss {train[0]:.3f}), "
-            f"{row['tested_on']} {test[1]:.2f} % (loss {test[0]:.3f}), {row['seconds']:.0f} s{self._time_left()}"
+        meter.reset()
+        print_rank0(
+            f"{title}: train {train[1]:.2f} % (loss {train[0]:.3f}), "
+            f"{row['tested_on']} {test[1]:.2f} % (loss {test[0]:.3f}), {row['seconds']:.0f} s"
         )
         self.save()
         self.write_results()
-        if on_epoch and distributed.rank() == 0:
-            on_epoch(row)
-        if self.epochs < config.epochs:
-            self._end_if(distributed.max_over_ranks(self.request.signal))
+        return row
 
-    def _time_left(self) -> str:
-        """After the first epoch of a sitting, how long the others will take, if there are any."""
-        now, self.sitting = time.perf_counter(), self.sitting + 1
-        if self.sitting > 1 or self.epochs == self.config.epochs:
-            return ""
-        done, *left = (self.sampler.count(epoch) for epoch in range(self.epochs - 1, self.config.epochs))
-        return f"; {remaining(now - self.began, done, sum(left))} left"
+    def packed(self) -> bytes:
+        """The content of last.pt; CheckpointError names what could not be read again."""
+        parts = {name: part.state_dict() if part else None for name, part in self.parts.items()}
+        facts = {"result": self.record, "items": self.items, "rate": self.rate, "launch": distributed.launch_id()}
+        return checkpoint.packed({**parts, **facts, **checkpoint.trained_on(self.parts["model"])})
 
-    def _end_if(self, stop: int) -> None:
-        if stop:
-            distributed.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
-            where = f"saved after {self.epochs} epochs and {self.meter.steps} steps"
-            if "last.pt" in self.folder.errors:
-                where = "not saved: the last save that worked counts"
-            raise StoppedError(f"stopped, {where}\n{self.folder.how_to_go_on()}", stop)
-
-    def _empty_meter(self) -> Meter:
-        return Meter(torch.zeros(2, device=self.runtime.device), losses=[] if self.config.skip else None)
-
-    def _rates_to_device(self) -> None:
-        """On CUDA, a graph reads the learning rates from there."""
-        for group in self.optimizer.param_groups if self.runtime.device.type == "cuda" else ():
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.runtime.device)
-
-    def write_results(self) -> None:
-        """Writes metrics.json, curves.png and model.pt, on rank 0."""
-        if distributed.rank() > 0:
-            return
-        picture, weights = io.BytesIO(), io.BytesIO()
-        self.draw(self.history).savefig(picture, format="png")
-        torch.save(self.bare.state_dict(), weights)
-        self.folder.write("metrics.json", (json.dumps(self.result, indent=1) + "\n").encode())
-        self.folder.write("curves.png", picture.getvalue())
-        self.folder.write("model.pt", weights.getvalue())
-
-    def calibrate(self, predict: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Calibrates a network that can be, in place, and its model.pt, if it was tested on held-out images.
-
-        Args:
-            predict: Returns log-probabilities (N, classes) and labels (N,) of these images, or of this process's share.
-        """
-        divide_logits = getattr(self.bare, "divide_logits", None)
-        if self.tested_on != "held-out" or not divide_logits or not isinstance(self.bare.fc, nn.Linear):
-            return
-        if self._may_know_held_out():
-            self.say("not calibrated: the weights that it began with may have been trained on the held-out images")
-            return
-        log_probs, labels = map(torch.cat, zip(*distributed.gather(predict()), strict=True))
-        temperature = temperature_of(log_probs, labels)
-        divide_logits(temperature)
-        self.result["temperature"] = temperature
-        self.say(f"calibrated on {len(labels):,} held-out images: logits are divided by {temperature:.3f}")
-        self.write_results()
-
-    def _may_know_held_out(self) -> bool:
-        """Whether the weights that the run began with may have been trained on the images that it holds out."""
-
-        def kept_aside(record: dict[str, Any]) -> bool:
-            if record["data"] != self.data:
-                return True
-            if record["history"].get("tested_on", ["test"])[-1] != "held-out":
-                return False
-            if self.data == "cifar10":  # of which fewer are some of the same
-                return self.config.holdout <= record["config"]["holdout"]
-            return all(record["config"].get(name) == getattr(self.config, name) for name in ("holdout", "seed"))
-
-        before = self.result["before"]
-        return bool(self.config.weights) and not (before and all(map(kept_aside, before)))
-
-    def check(self) -> None:
-        """Raises UnsavedError if a file is not as it should be at the end."""
-        for name, error in self.folder.errors.items():
-            path = self.folder.path / name
-            raise UnsavedError(f"training ended, but {path} could not be written: {error}", self.history)
+    def is_due(self) -> bool:
+        """Whether it is time to save within the epoch."""
+        return time.perf_counter() - self.saved_at > 60 * self.config.save_minutes
 
     def save(self) -> None:
-        """Writes last.pt, on rank 0.
-
-        Raises:
-            NonFiniteLossError: A weight is infinite or NaN; such a state is not saved.
-        """
-        if distributed.rank() > 0:
+        """Writes last.pt, on rank 0; NonFiniteLossError if a weight is infinite or NaN."""
+        if rank() > 0:
             return
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if not all(parameter.isfinite().all() for parameter in self.parts["model"].parameters()):
             raise NonFiniteLossError("a weight became infinite or NaN. Try a lower lr, or precision fp32.")
         now = time.perf_counter()
-        self.result["wall_seconds"] = round(self.result["wall_seconds"] + now - self.started, 2)
+        self.record["wall_seconds"] = round(self.record["wall_seconds"] + now - self.started, 2)
         self.started = self.saved_at = now
-        state = {
-            "result": self.result,
-            "meter": dataclasses.asdict(self.meter),
-            "model": self.bare.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "scaler": self.scaler.state_dict(),
-            "rate": self.rate,
-            "losses": self.sampler.losses if self.config.skip else None,
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        }
-        self.folder.write("last.pt", checkpoint.packed(state))
+        self.write("last.pt", self.packed())
+        if self.config.overwrite and "last.pt" not in self.errors:
+            self.config = dataclasses.replace(self.config, overwrite=False)
+            for name in FILES[1:]:  # of the run that this one replaces, which could go on until now
+                (self.path / name).unlink(missing_ok=True)
 
-    def take_up(self, state: dict[str, Any]) -> None:
-        """Puts everything back as it was when `state` was saved.
+    def write_results(self) -> None:
+        """Writes model.pt and metrics.json, on rank 0."""
+        if rank() == 0:
+            self.write("model.pt", checkpoint.weights_file(self.parts["model"]))
+            self.write("metrics.json", (json.dumps(self.record, indent=1) + "\n").encode())
 
-        Raises:
-            CheckpointError: It does not fit this network, or lacks something.
-        """
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file whole or not at all; on failure keeps the old one and warns."""
+        self.errors.pop(name, None)
         try:
-            result, meter = state["result"], state["meter"]
-            kinds = {"optimizer": "Muon", "scheduler": "LambdaLR"}  # of checkpoints that do not say
-            for what, kind in kinds.items():
-                if result.get(what, kind) != self.result[what]:
-                    raise SettingError(
-                        f"resume: the run was begun with the {what} {result.get(what, kind)}, got "
-                        f"{self.result[what]}; give the same, or begin a new run"
-                    )
-            self.bare.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.scheduler:
-                self.scheduler.load_state_dict(state["scheduler"])
-            if state["losses"] is not None:
-                self.sampler.losses.copy_(state["losses"])
-            if distributed.rank() == 0:  # the others would all draw as this one does
-                torch.set_rng_state(state["random"])
-                if torch.cuda.is_available() and state["cuda_random"] is not None:
-                    torch.cuda.set_rng_state(state["cuda_random"])
-            device = self.runtime.device
-            losses = None if meter["losses"] is None else [part.to(device) for part in meter["losses"]]
-            self.meter = Meter(**{**meter, "sums": meter["sums"].to(device), "losses": losses})
-            lengths = {len(values) for values in result["history"].values()}
-            if len(lengths) > 1 or not set(meter) == {field.name for field in dataclasses.fields(Meter)}:
-                raise ValueError("its history or its place in the epoch is incomplete")
-            self.result |= {field: result[field] for field in ("before", "history", "wall_seconds")}
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(state["scaler"])
-            self.rate = state.get("rate", 0.0)  # in checkpoints from before, all rates are those of the recipe
-            other = [field for field in NOTED if result[field] != self.result[field]]
-            planned = result["config"]["epochs"]
-        except SettingError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            path = self.folder.path / "last.pt"
-            raise CheckpointError(f"{path} does not fit this network, or is damaged: {error}") from error
-        if self.by_recipe:  # other rates if `epochs` has changed
-            scheduler = cast(LambdaLR, self.scheduler)
-            for group, base, factor in zip(
-                self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = float(base) * factor(scheduler.last_epoch)
-        self._rates_to_device()
-        for field in other:
-            self.say(f"note: the run began with {field} {result[field]}, so it may not go on bit for bit")
-        if self.config.epochs != planned:
-            self.say(
-                f"epochs {planned} -> {self.config.epochs}: the learning rate goes on as in a run of "
-                f"{self.config.epochs} epochs; those so far had the shorter schedule, so the end will not be that of "
-                f"a run of {self.config.epochs} from the beginning"
-            )
-        self.sampler.epoch, self.sampler.start = self.epochs, self.meter.images
-        if self.epochs and not self.meter.steps:
-            self.write_results()  # whoever was killed may have had no time for them
+            checkpoint.write_whole(self.path / name, content)
+        except OSError as error:
+            self.errors[name] = error
+            with contextlib.suppress(OSError):
+                fault = f"cannot write {self.path / name}: {error.strerror or error}"
+                print_line(f"warning: {fault}. Make room: training goes on, and the next save is tried.", sys.stderr)
+
+    def stop_if(self, signal: int) -> None:
+        """Stops the run, which is saved, if there is a signal."""
+        if not signal:
+            return
+        distributed.max_over_ranks(0)  # the others wait until it is saved, for torchrun ends all when one ends
+        unsaved = "last.pt" in self.errors
+        where = "not saved: the last save that worked counts" if unsaved else f"saved after {self.place()}"
+        raise StoppedError(f"stopped, {where}\n{self.how_to_go_on()}", signal)
+
+    def end(self) -> None:
+        """Prints the folder's files; UnsavedError if one could not be written."""
+        for name, error in self.errors.items():
+            raise UnsavedError(f"training ended, but {self.path / name} could not be written: {error}", self.history)
+        print_rank0(f"saved in {self.path}: {', '.join(name for name in FILES if (self.path / name).exists())}")
+
+    def how_to_go_on(self) -> str:
+        """The command that resumes the run."""
+        if self.config.overwrite or not (self.path / "last.pt").exists():
+            return "nothing was saved yet: begin anew"
+        program, folder = "torchrun ..." if distributed.launch_id() else "python", self.path.as_posix()
+        command = f"{program} train.py --resume {shlex.quote(folder)}"
+        return f'go on with\n  {command}\nor, in the notebook, with resume = "{folder}"'
+
+
+@contextlib.contextmanager
+def _held(config: Config) -> Iterator[Path]:
+    """A run's folder, locked inside the `with`, and removed if nothing was saved."""
+    try:
+        path = folder_of(config.resume) if config.resume else _new(config)
+        lock = checkpoint.lock(path)
+        checkpoint.remove_scratch(path)
+    except OSError as error:
+        raise SettingError(f"{'resume' if config.resume else 'name'}: cannot write to the folder: {error}") from error
+    try:
+        yield path
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # it may be gone
+            if not _files(path):
+                shutil.rmtree(path)
+                path.parent.rmdir()  # if it was the first run
+
+
+def _files(folder: Path) -> list[Path]:
+    """Its files, except the lock and half-written ones."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _new(config: Config) -> Path:
+    """Makes runs/NAME; refuses one that holds a run, unless `config.overwrite`."""
+    Path("runs").mkdir(exist_ok=True)  # an OSError where it is a link to nothing
+    if config.name:
+        path = Path("runs") / config.name
+        path.mkdir(exist_ok=True)
+        if _files(path) and not config.overwrite:
+            raise SettingError(f"name: {path} holds a run already; give resume, overwrite, or another name")
+        return path
+    name = f"{Path(config.data).name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+            path.mkdir()
+            break
+    return path

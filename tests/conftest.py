@@ -17,17 +17,17 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # a test may import it before `tra
 
 import nbformat
 import torch
-from matplotlib.figure import Figure
-from small_runs import plain, quick, small_network, weights
+from PIL import Image
+from small_runs import few_images, plain, quick, small_network, weights
 from torch import Tensor
 from torchvision import datasets
 
-from dataset import CIFAR10
+import train
 from machinery.data.cifar10 import ARCHIVE, FOLDER, draw_synthetic
-from model import Net
 from train import fit
 
 TRAIN_COUNT, TEST_COUNT = 200, 100
+DRAW = train._draw
 
 
 class TinyCIFAR10:
@@ -101,22 +101,37 @@ def tiny_notebook(tiny: TinyCIFAR10, monkeypatch: pytest.MonkeyPatch) -> nbforma
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source = (
+    parameters.source += (
+        f"\ndata_dir, epochs, batch_size = {str(tiny.root)!r}, 1, 50\n"
         "from torchvision import datasets\n"
-        f"for name, value in {tiny.expectations()!r}.items():\n    setattr(datasets.CIFAR10, name, value)\n"
-        f"data, data_dir, epochs, batch_size, seed, resume = 'cifar10', {str(tiny.root)!r}, 1, 50, 0, None"
+        f"for name, value in {tiny.expectations()!r}.items():\n    setattr(datasets.CIFAR10, name, value)"
     )
     return notebook
 
 
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of pictures of thirteen classes."""
+    images, _ = draw_synthetic(train=True, count=13 * 4)
+    for k, image in enumerate(images):
+        path = tmp_path / f"pictures/class {k % 13:02}/{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((40, 36)).save(path)
+    return tmp_path / "pictures"
+
+
 @contextlib.contextmanager
 def tiny_cifar10_in(folder: Path, tiny: TinyCIFAR10) -> Iterator[None]:
-    """Inside the `with`, CIFAR-10 is the tiny one, the network is out of reach, and runs go to this folder."""
+    """Inside the `with`, CIFAR-10 is the tiny one, no network is reached, and runs go to this folder, without pictures.
+
+    To draw them would take most of the time of a small run; the fixture `drawing` is for tests that look at them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in tiny.expectations().items():
             patch.setattr(datasets.CIFAR10, name, value)
         patch.setenv("CIFAR10_ROOT", str(tiny.root))
         patch.setenv("CIFAR10_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
+        patch.setattr(train, "_draw", lambda *arguments: None)
         patch.chdir(folder)
         torch.manual_seed(0)
         yield
@@ -130,9 +145,8 @@ def tiny_root(tiny: TinyCIFAR10, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves would take most of the time of a small run."""
-    monkeypatch.setattr("utils.plot_curves", lambda history: Figure())
+def drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_draw", DRAW)
 
 
 @pytest.fixture(scope="session")
@@ -146,8 +160,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny: TinyCIFAR10) -
 
 @pytest.fixture(scope="session")
 def held_out_run(tmp_path_factory: pytest.TempPathFactory, tiny: TinyCIFAR10) -> Path:
-    """The folder of a run of `Net` on the first 24 training images, of which it held out eight."""
+    """The folder of a run of a fresh `Net` on eight training images, with eight validation images."""
     folder = tmp_path_factory.mktemp("held-out")
     with tiny_cifar10_in(folder, tiny):
-        fit(plain(epochs=1, batch_size=8, holdout=8, name="first"), Net(), train_set=CIFAR10().subset(range(24)))
+        fit(plain(epochs=1, batch_size=8, name="first"), **few_images(8, is_validation=True))
     return folder / "runs/first"

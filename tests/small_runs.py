@@ -1,13 +1,15 @@
 """Runs that take a second, and what the tests of stopping and resuming do with them."""
 
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dataset import CIFAR10, DEFAULT_AUGMENT, Images
+from dataset import CIFAR10, DEFAULT_AUGMENT
 from machinery import checkpoint
 from train import Config
 
@@ -17,10 +19,10 @@ def plain(**settings) -> Config:
     return Config(**{"epochs": 2, "batch_size": 64, "workers": 0, "precision": "fp32", "name": "plain", **settings})
 
 
-def plain_network() -> nn.Module:
+def plain_network(classes: int = 10) -> nn.Module:
     """Without anything that training and evaluation, or two passes, would treat differently."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
 def quick(**settings) -> Config:
@@ -35,12 +37,15 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(8, 10))
 
 
-def few_images() -> dict[str, Images]:
+def few_images(count: int = 16, *, is_validation: bool = False) -> dict[str, Any]:
     """What to train and test on where `Net` itself is needed, of which an image takes 10 ms."""
-    return {
-        "train_set": CIFAR10().subset(range(16), DEFAULT_AUGMENT),
-        "test_set": CIFAR10(train=False).subset(range(8)),
-    }
+    test_set = CIFAR10(train=False).subset(range(8))
+    test_set.is_validation = is_validation
+    return {"train_set": CIFAR10(augment=DEFAULT_AUGMENT).subset(range(count)), "test_set": test_set}
+
+
+def record_of(name: str) -> dict[str, Any]:
+    return json.loads(Path("runs", name, "metrics.json").read_text())
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -48,7 +53,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def files_of(name: str) -> list[str]:
-    return sorted(file for file in os.listdir(Path("runs", name)) if file != checkpoint.LOCK)
+    return sorted(path.name for path in Path("runs", name).iterdir() if path.name != checkpoint.LOCK)
 
 
 def timeless(history: dict) -> dict:

@@ -1,25 +1,20 @@
 """The Dataset and its loaders: the right pictures, reproducible and different augmentation, clear refusals."""
 
+import functools
+import threading
+
 import numpy as np
 import pytest
 import torch
 from conftest import TEST_COUNT, TRAIN_COUNT
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision import datasets
 
-from dataset import AUGMENTATIONS, CIFAR10, CLASSES, MEAN, STD, make_loader
+from dataset import AUGMENTATIONS, CIFAR10, CLASSES, MEAN, STD, Images
+from machinery.data.augment import EpochSampler
 from machinery.data.cifar10 import SYNTHETIC_COUNTS
-from machinery.data.sampler import EpochSampler
-
-
-def epoch_of(loader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(loader)
-    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-
-
-def training_loader(workers: int, seed: int = 0, **options) -> DataLoader:
-    dataset = CIFAR10(train=True, augment=AUGMENTATIONS, seed=seed)
-    return make_loader(dataset, batch_size=64, train=True, workers=workers, **options)
+from machinery.data.images import facts_of
+from machinery.errors import SettingError
 
 
 def test_holds_what_torchvision_reads(tiny_root):
@@ -40,36 +35,12 @@ def test_without_augmentation_an_item_is_the_normalised_picture():
     assert (image.dtype, image.shape, label) == (torch.float32, (3, 32, 32), int(dataset.labels[7]))
 
 
-def test_items_and_batches_are_the_same():
-    dataset = CIFAR10(augment=AUGMENTATIONS)
-    keys = [(3, 5), (1, 7), (0, 7), (4, 199)]
-    for (image, label), key in zip(dataset.__getitems__(keys), keys, strict=True):
-        torch.testing.assert_close(image, dataset[key][0], rtol=0, atol=0)
-        assert label == dataset[key][1]
-
-
 def test_is_a_sequence_with_an_end():
     dataset = CIFAR10(train=False)
     assert len(list(dataset)) == TEST_COUNT
     torch.testing.assert_close(dataset[-1][0], dataset[TEST_COUNT - 1][0])
     with pytest.raises(IndexError):
         dataset[TEST_COUNT]
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4:UserWarning")
-@pytest.mark.parametrize("workers", [2, 4])
-def test_augmentation_does_not_depend_on_the_number_of_workers(workers):
-    here, there = training_loader(0), training_loader(workers)
-    for _ in range(2):
-        for a, b in zip(epoch_of(here), epoch_of(there), strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_of_both_kinds_give_the_same(context):
-    loader = training_loader(1)
-    loader.multiprocessing_context = context
-    assert torch.equal(epoch_of(loader)[0], epoch_of(training_loader(0))[0])
 
 
 def test_epochs_images_and_seeds_do_not_repeat_each_other():
@@ -130,30 +101,8 @@ def test_skipping_out_of_range_or_without_epochs_is_refused(options):
         EpochSampler(TRAIN_COUNT, **options)
 
 
-def test_the_loader_leaves_no_image_out_and_keeps_the_order_of_the_test_set():
-    loader = make_loader(CIFAR10(train=False), batch_size=64, train=False)
-    images, labels = epoch_of(loader)
-    assert [len(labels) for _, labels in loader] == [64, 36]
-    assert torch.equal(labels, loader.dataset.labels)
-    assert len(images) == TEST_COUNT
-
-
-def test_global_random_states_are_neither_used_nor_moved():
-    dataset = CIFAR10(augment=AUGMENTATIONS)
-    state = torch.get_rng_state()
-    first = dataset[0, 0][0]
-    np.random.seed(5)
-    torch.testing.assert_close(dataset[0, 0][0], first, rtol=0, atol=0)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_unknown_data_is_refused():
-    with pytest.raises(ValueError, match="'synthetic'"):
-        CIFAR10(data="imagenet")
-
-
 def test_synthetic_images_have_the_shapes_of_cifar10_and_cannot_pass_for_it(monkeypatch):
-    assert SYNTHETIC_COUNTS == {True: 6_000, False: 1_000}
+    assert SYNTHETIC_COUNTS == {True: 2_000, False: 1_000}
     monkeypatch.setitem(SYNTHETIC_COUNTS, True, 2000)
     dataset = CIFAR10(data="synthetic")
     assert dataset.images.shape == (2000, 32, 32, 3)
@@ -163,12 +112,85 @@ def test_synthetic_images_have_the_shapes_of_cifar10_and_cannot_pass_for_it(monk
     assert len(CIFAR10(train=False, data="synthetic")) == 1_000
 
 
-def test_a_subset_has_its_own_images_and_augmentation():
-    whole = CIFAR10(augment=AUGMENTATIONS)
+def test_a_subset_keeps_everything_unless_told_otherwise():
+    whole = CIFAR10(augment=("crop", "cutout"), seed=5, padding=2)
     part = whole.subset([5, 3])
-    assert len(part) == 2
-    assert torch.equal(part.images, whole.images[[5, 3]])
-    assert part.augment == ()
-    assert whole.augment == AUGMENTATIONS
-    part = whole.subset([5, 3], AUGMENTATIONS)
+    assert (len(part), part.augment, part.seed, part.padding, part.source) == (2, whole.augment, 5, 2, "cifar10")
     assert torch.equal(part[1, 0][0], whole[1, 5][0])
+    turned = CIFAR10(transform=lambda image: image[::-1]).subset([5, 3])
+    assert torch.equal(turned[0][0], CIFAR10()[5][0].flip(1))
+    for plain in (whole.subset([5], augment=()), turned.subset([0], augment=())):
+        assert torch.equal(plain[0][0], CIFAR10()[5][0])
+    assert whole.augment == ("crop", "cutout")
+
+
+IMAGES = np.zeros((3, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"images": IMAGES.astype(np.float32)}, "images must be uint8"),
+        ({"images": IMAGES.transpose(0, 3, 1, 2)}, "images must be uint8"),
+        ({"labels": [0, 1]}, "one for each of the 3 images"),
+        ({"labels": [0.0, 1.0, 0.0]}, "labels must be integers"),
+        ({"labels": [0, 1, 2]}, "got 2 for image 2"),
+        ({"labels": [0, -1, 1]}, "got -1 for image 1"),
+        ({"classes": "ab"}, "sequence of strings"),
+        ({"mean": (125, 123, 114)}, "scale 0-1"),
+        ({"augment": ["flip"], "transform": np.copy}, "augment and transform"),
+        ({"transform": "flip"}, "transform must be callable"),
+        ({"transform": functools.partial(np.copy, threading.Lock())}, "cannot be copied"),
+    ],
+)
+def test_what_is_no_set_of_images_is_refused_in_a_sentence(change, sentence):
+    given = {"images": IMAGES, "labels": [0, 1, 1], "classes": ("a", "b"), **change}
+    with pytest.raises(SettingError, match=sentence):
+        Images(given.pop("images"), given.pop("labels"), given.pop("classes"), **given)
+
+
+def test_what_torchvision_names_is_read_only():
+    dataset = CIFAR10()
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.data[0] = 0
+    with pytest.raises(TypeError, match="assignment"):
+        dataset.targets[0] = 1
+    with pytest.raises(AttributeError):
+        dataset.data = dataset.data[::-1]
+
+
+def test_facts_are_those_of_our_own_sets_through_subset_and_concat():
+    whole = CIFAR10(augment=("flip",))
+    facts = facts_of(whole)
+    assert (facts["source"], facts["length"], facts["classes"], facts["size"]) == ("cifar10", TRAIN_COUNT, CLASSES, 32)
+    assert (facts["mean"], facts["augment"], facts["items"]) == (list(MEAN), ("flip",), None)
+    halves = ConcatDataset([Subset(whole, range(100)), Subset(whole, range(100, TRAIN_COUNT))])
+    assert facts_of(halves) == facts
+    assert facts_of(Subset(halves, range(TRAIN_COUNT)))["digest"] == facts["digest"]
+    assert facts_of(Subset(halves, range(9, 0, -1)))["digest"] == facts_of(whole.subset(range(9, 0, -1)))["digest"]
+    assert len({facts["digest"], *(facts_of(whole.subset(range(k, k + 9)))["digest"] for k in range(3))}) == 4
+    differ = facts_of(ConcatDataset([whole, CIFAR10(train=False)]))
+    assert (differ["augment"], differ["source"]) == (None, "cifar10")
+
+
+def test_of_float_images_and_of_sets_of_others_no_more_is_known_than_can_be():
+    facts = facts_of(CIFAR10(transform=lambda image: torch.zeros(3, 20, 20)))
+    assert (facts["size"], facts["mean"], facts["std"]) == (20, None, None)
+    assert facts["transform"] == facts_of(CIFAR10(transform=lambda image: torch.zeros(3, 20, 20)))["transform"]
+    others = TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())
+    others.classes, others.source, others.targets = ["a", "b"], "cifar10", [7]
+    facts = facts_of(Subset(others, range(2)))
+    assert (facts["length"], facts["classes"], facts["source"], facts["digest"]) == (2, ("a", "b"), "your own", None)
+    others.classes = 2
+    assert facts_of(others)["classes"] is None
+
+
+def test_processes_have_equal_shares_and_the_rest_is_drawn_anew_each_epoch():
+    samplers = [EpochSampler(11, 3, rank, 4) for rank in range(4)]
+    epochs = [[[index for _, index in sampler] for sampler in samplers] for _ in range(4)]
+    for epoch, shares in enumerate(epochs):
+        assert [len(share) for share in shares] == [2] * 4
+        assert {index for share in shares for index in share} == set(samplers[0].order(epoch).tolist())
+    assert samplers[0].count(0) == 8 == len(samplers[0].order(0))
+    assert len({frozenset(range(11)) - {i for share in shares for i in share} for shares in epochs}) > 1
+    samplers[0].note(0, torch.arange(8.0))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dataset import CIFAR10, make_loader, train_transform
+from machinery.data.augment import EpochSampler, draws_of, seeds_of
 from machinery.data.cifar10 import SYNTHETIC_COUNTS
-from machinery.data.sampler import EpochSampler, draws_of, seeds_of
 
 AUGMENTED = {  # uint8 images of 40 synthetic ones
     "crop": "ac1d0058711d52d0",

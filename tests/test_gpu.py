@@ -1,110 +1,189 @@
-"""The script that checks and times a GPU, tried on the CPU; the parts that need a GPU say so."""
+"""CUDA graphs, tried without a GPU: what a step reads on the host, and what a replay repeats.
 
-import importlib
-import json
-from pathlib import Path
+FakeTensorMode raises wherever a value of a "cuda" tensor is read on the host, which a capture forbids. And a graph is
+emulated by a recording of ATen calls, whose replay reads tensors anew and repeats Python values, as a CUDA graph does.
+"""
+
+import contextlib
+from unittest import mock
 
 import pytest
+import torch
+from small_runs import few_images, plain, small_network, weights
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from train import StoppedError
+import train
+from machinery import device, optim
+from machinery.device import Runtime, graphs_fit
+from model import Net
+from train import SettingError, fit, recipe_optimizer, train_one_epoch, training_step
 
-pytestmark = pytest.mark.usefixtures("quick_curves")
-SAVED = Path("runs/gpu_quick.json")
-ON_THE_CPU = [
-    *("images made on the device, beside the host's", "two epochs in fp32", "two epochs in bf16"),
-    *("one seed twice, by default", "stop and resume, by default"),
-]
-ON_A_GPU = ["two epochs in fp16", "steps as graphs, beside kernel by kernel", "an epoch in fp32, beside the CPU"]
+CUDA = Runtime(torch.device("cuda"), "bf16", channels_last=True)
+
+
+class EmulatedGraph:
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, results in self.calls:
+            again = function(*args, **kwargs)
+            for held, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                if isinstance(held, Tensor) and held.data_ptr() != new.data_ptr():
+                    held.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """Notes every call; what it changed in place is put back at the end, for a capture changes nothing."""
+
+    def __init__(self, graph: EmulatedGraph) -> None:
+        super().__init__()
+        self.calls, self.met = graph.calls, list[tuple[Tensor, Tensor]]()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.met += [(tensor, tensor.clone()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.met):
+            if not torch.equal(tensor, before):
+                tensor.detach().copy_(before)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module("gpu")
+def graphs(monkeypatch) -> list[EmulatedGraph]:
+    """Those that were made, on the CPU, which `fit` takes for a CUDA device where it decides about graphs."""
+    made: list[EmulatedGraph] = []
+
+    def capture(graph: EmulatedGraph, pool: object, capture_error_mode: str) -> Recording:
+        assert capture_error_mode == "thread_local"
+        made.append(graph)
+        return Recording(graph)
+
+    for name, fake in {
+        "CUDAGraph": EmulatedGraph,
+        "graph": capture,
+        "graph_pool_handle": mock.Mock(),
+        "device": lambda place: contextlib.nullcontext(),
+        "Stream": mock.Mock(return_value=mock.Mock()),
+        "stream": contextlib.nullcontext,
+        "current_stream": mock.Mock(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(device, "EAGER_STEPS", 1)
+    decide, adam = device.graphs_fit, optim.adam
+    monkeypatch.setattr(device, "graphs_fit", lambda wish, _, *known, **more: decide(wish, CUDA, *known, **more))
+    # the kind of CUDA devices, of which the others would read rates and step counts on the host
+    monkeypatch.setattr(optim, "adam", lambda *given, **more: adam(*given, **more | {"foreach": False, "fused": True}))
+    return made
 
 
-def test_every_part_is_tried_and_saved(gpu, capsys):
-    assert gpu.main(["--quick"]) == 0
-    saved = json.loads(SAVED.read_text())
-    assert list(saved) == list(gpu.PARTS)
-    rows = {row["check"]: row for row in saved["checks"]["rows"]}
-    assert {name: row["as it should be"] for name, row in rows.items()} == {
-        **dict.fromkeys(ON_THE_CPU, "yes"),
-        **dict.fromkeys(ON_A_GPU, ""),
-    }
-    assert {rows[name]["found"] for name in ON_A_GPU} == {"needs a GPU"}
-    assert rows["stop and resume, by default"]["found"] == "the same weights, bit for bit"
-    layers = [row["layers"] for row in saved["step"]["rows"]]
-    assert (len(layers), layers[0][:9], layers[-1]) == (19, "c1.0.conv", "the whole step")
-    rates = ("", "_with_the_loader", "_without_graphs", "_with_cudnn_benchmark", "_of_airbench94_muon_in_batches_of_5")
-    assert all(saved["step"][f"images_per_second{rate}"] > 0 for rate in rates)
-    for part, epochs, passes in (("short", 3, 2.4), ("default", 1, 1)):
-        (row,) = saved[part]["rows"]
-        assert (row["epochs"], row["passes"], row["n"]) == (epochs, passes, 2)
-        assert [run["seed"] for run in saved[part]["runs"]] == [0, 1]
-        assert all(0 < run["seconds"] < run["seconds_in_all"] for run in saved[part]["runs"])
-    assert {row["GB of tensors at the peak"] for row in saved["memory"]["rows"]} == {"needs a GPU"}
-    assert "seed 1, plain" in capsys.readouterr().out
-    assert not Path("runs/benchmark-gpu").exists()
+def test_a_step_of_the_recipe_reads_nothing_on_the_host(monkeypatch):
+    monkeypatch.setattr(optim, "fastest_precision", lambda kind: "bf16")
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, **layout: module)  # of which fake tensors know nothing
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        net = Net()
+        optimizer = recipe_optimizer(net)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.empty(())
+        # Autograd's engine would ask for a driver, and this kernel knows no fake tensors; neither reads on the host.
+        monkeypatch.setattr(torch, "_fused_adam_", lambda *given, **more: None)
+        monkeypatch.setattr(
+            Tensor, "backward", lambda loss: [setattr(p, "grad", torch.empty_like(p)) for p in net.parameters()]
+        )
+        step = training_step(net, optimizer, CUDA, label_smoothing=0.2)
+        for labels in (torch.zeros(8, dtype=torch.int64), torch.empty(8, 10)):
+            sums, losses = step(torch.empty(8, 3, 32, 32), labels)
+        assert (sums.device.type, losses.shape) == ("cuda", (8,))
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            sums.sum().item()
 
 
-def result(number: int) -> dict:
-    return {"rows": [{"number": number}]}
+class SmallNet(nn.Sequential):
+    """As large as the recipe needs it to have filters, biases and gains."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(8, 10))
 
 
-@pytest.fixture
-def parts(gpu, monkeypatch):
-    """Parts that only count, in the place of those of the script."""
-
-    def failing(bench):
-        yield result(1)
-        raise RuntimeError("the card is gone")
-
-    parts = {"good": lambda bench: iter([result(1), result(2)]), "bad": failing, "last": lambda bench: [result(3)]}
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(gpu.Bench, "warm_up", lambda bench: None)
-    return parts
-
-
-def test_a_part_that_fails_keeps_what_it_had_and_the_others_go_on(gpu, parts, capsys):
-    assert gpu.main(["--quick"]) == 1
-    assert json.loads(SAVED.read_text()) == {"good": result(2), "bad": result(1), "last": result(3)}
-    assert "RuntimeError: the card is gone" in capsys.readouterr().err
+def test_replayed_steps_are_those_of_eager_training(graphs, monkeypatch):
+    """Over a whole schedule, with a smaller last batch, CutMix and label smoothing."""
+    monkeypatch.setattr(train, "Net", SmallNet)  # the type that is known
+    settings = {"epochs": 6, "batch_size": 12, "cutmix": 0.5}
+    eager, replayed = SmallNet(), SmallNet()
+    history = fit(plain(name="eager", graphs="off", **settings), eager, **few_images())
+    assert not graphs
+    again = fit(plain(name="replayed", **settings), replayed, **few_images())
+    assert len(graphs) == 4  # 12 and 4 images, with labels and with shares of labels
+    torch.testing.assert_close(weights(replayed), weights(eager), rtol=1e-4, atol=1e-5)
+    assert again["lr"] == pytest.approx(history["lr"])
+    assert again["train_loss"] == pytest.approx(history["train_loss"], rel=1e-4)
 
 
-def test_a_cut_keeps_the_parts_before_it_and_others_can_follow(gpu, parts):
-    def cut(error):
-        raise error
-
-    for error, leaves in ((KeyboardInterrupt(), KeyboardInterrupt), (StoppedError("stopped", 15), SystemExit)):
-        parts["bad"] = lambda bench, error=error: cut(error)
-        with pytest.raises(leaves):
-            gpu.main(["--quick"])
-        assert json.loads(SAVED.read_text()) == {"good": result(2)}
-    parts["good"] = lambda bench: cut(AssertionError("not asked for"))
-    assert gpu.main(["--quick", "--parts", "3"]) == 0
-    assert json.loads(SAVED.read_text()) == {"good": result(2), "last": result(3)}
+@pytest.mark.usefixtures("graphs")
+def test_the_next_replay_does_not_overwrite_what_a_step_returned():
+    captured, batches = device.Captured(lambda images: (images.sum(), images * 2)), torch.randn(5, 4)
+    results = [captured(batch) for batch in batches]
+    for batch, (total, doubled) in zip(batches, results, strict=True):
+        torch.testing.assert_close((total, doubled), (batch.sum(), batch * 2))
+    assert torch.cuda.Stream.call_count == 1  # for each keeps the memory that it has freed
 
 
-def test_a_check_that_finds_what_should_not_be_is_told_at_the_end(gpu, parts, capsys):
-    rows = [{"check": name, "found": "", "as it should be": passed} for name, passed in (("one", "no"), ("two", "yes"))]
-    parts.clear()
-    parts["checks"] = lambda bench: [{"rows": rows}]
-    assert gpu.main(["--quick"]) == 1
-    assert "not as it should be: one" in capsys.readouterr().out
-    parts["checks"] = lambda bench: []
-    assert gpu.main(["--quick"]) == 0  # what was found by another call is told as such, and kept
-    assert "from earlier: checks" in capsys.readouterr().out
-    assert json.loads(SAVED.read_text())["checks"]["rows"] == rows
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "ASGD")
+SCHEDULERS = (
+    lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 4),
+    lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4, cycle_momentum=False),
+    lambda optimizer: lr_scheduler.StepLR(optimizer, 2),
+    lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4),
+)
 
 
-def test_no_training_begins_that_would_end_too_late(gpu, capsys):
-    assert gpu.main(["--quick", "--minutes", "0", "--parts", "3"]) == 0
-    assert "no time for seed 0" in capsys.readouterr().out
-    assert not SAVED.exists()
+@pytest.mark.parametrize("place", range(len(OPTIMIZERS)))
+def test_an_optimizer_of_ones_own_steps_eagerly_at_the_rates_of_its_scheduler(graphs, monkeypatch, place):
+    monkeypatch.setattr(train, "Net", SmallNet)
+    make, schedule = getattr(torch.optim, OPTIMIZERS[place]), SCHEDULERS[place % len(SCHEDULERS)]
+    model, twin = SmallNet(), SmallNet()
+    own, other = (make(net.parameters(), lr=0.01) for net in (model, twin))
+    scheduler, same = schedule(own), schedule(other)
+    sets = few_images(8)
+    history = fit(plain(epochs=4, batch_size=8), model, optimizer=own, scheduler=scheduler, **sets)
+    rates = []
+    for _ in range(4):
+        rates.append(other.param_groups[0]["lr"])
+        other.step()
+        same.step()
+    assert history["lr"] == rates
+    assert all(isinstance(group["lr"], float) for group in own.param_groups)
+    assert not graphs
 
 
-def test_without_a_gpu_only_a_trial_is_offered(gpu, capsys):
-    with pytest.raises(SystemExit):
-        gpu.main([])
-    assert "--quick tries the script without one" in capsys.readouterr().err
+def test_only_known_steps_are_captured(graphs, monkeypatch):
+    monkeypatch.setattr(train, "Net", SmallNet)
+    sets, settings = few_images(), {"epochs": 3, "batch_size": 8}
+    fit(plain(name="other network", **settings), small_network(), **sets)
+    fit(plain(name="callback", **settings), SmallNet(), on_epoch=lambda row: None, **sets)
+    model = small_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    train_one_epoch(model, [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 5, optimizer)
+    assert not graphs
+    with pytest.raises(SettingError, match="graphs: they need a CUDA device"):
+        fit(plain(name="on", graphs="on", **settings), model, optimizer=optimizer, **sets)
+    fit(plain(name="on", graphs="on", **settings), small_network(), **sets)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    "runtime", [CUDA, Runtime(torch.device("cuda"), "fp16", True), Runtime(torch.device("cpu"), "bf16", True)]
+)
+def test_graphs_need_cuda_and_no_scale_that_is_read(runtime):
+    assert graphs_fit("auto", runtime, True, is_known=True) == (runtime is CUDA)

@@ -50,25 +50,6 @@ def test_muon_for_all_parameters_names_the_optimizer_that_can():
     Muon(p for p in Net().parameters() if p.ndim == 4)
 
 
-def test_adam_goes_on_from_a_state_with_an_integer_step():
-    start = torch.tensor([1.0, -2.0, 3.0])
-    twins = [start.clone().requires_grad_() for _ in range(2)]
-    optimizers = [Muon([twin], lr=0.1, orthogonal=False) for twin in twins]
-
-    def step() -> None:
-        for twin, optimizer in zip(twins, optimizers, strict=True):
-            optimizer.zero_grad()
-            (twin**4).sum().backward()
-            optimizer.step()
-
-    step()
-    state = optimizers[1].state_dict()
-    state["state"][0]["step"] = int(state["state"][0].pop("steps"))
-    optimizers[1].load_state_dict(state)
-    step()
-    assert torch.equal(*twins)
-
-
 def test_depthwise_and_zero_filters_of_other_networks_train():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 7, groups=8), nn.AdaptiveAvgPool2d(1)]

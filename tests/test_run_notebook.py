@@ -1,6 +1,6 @@
-"""`make run`: what a person sees of it, what is left of a run that fails or is stopped, and what it falls back to."""
+"""`make run`: what it prints, what is left of a run that fails or is stopped, and what it falls back to."""
 
-import os
+import importlib
 import shutil
 import signal
 import subprocess
@@ -11,19 +11,18 @@ import nbformat
 import pytest
 
 from machinery import notebook
-from machinery.notebook import main, value_of
-from machinery.words import duration, remaining
+from machinery.data.cifar10 import SYNTHETIC_COUNTS
+from machinery.errors import duration
+from machinery.notebook import main
 
 REPOSITORY = Path(__file__).parents[1]
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
 
 def write_notebook(*code: str, alt: str = "") -> Path:
-    """source.ipynb: a heading, the parameters, another heading, and cells of this code."""
+    """source.ipynb: the parameters, and cells of this code."""
     cells = [
-        nbformat.v4.new_markdown_cell("# A title\n\nand text"),
         nbformat.v4.new_code_cell("epochs = 20\nname = None", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_markdown_cell("## Training"),
         *(nbformat.v4.new_code_cell(part, metadata={"alt": alt} if alt else {}) for part in code),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -36,84 +35,68 @@ def outputs(path: Path) -> list[nbformat.NotebookNode]:
     return [o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])]
 
 
-def test_shows_headings_lines_and_the_time_left_and_describes_figures(capsys, caplog, monkeypatch):
-    monkeypatch.setattr(notebook, "remaining", lambda seconds, done, left: f"time for {left} at the pace of {done}")
-    source = write_notebook(
-        f"import base64\nfrom IPython.display import Image\nImage(base64.b64decode('{PIXEL}'))",
-        "for epoch in range(1, epochs + 1):\n"
-        "    print(f'epoch {epoch}/{epochs}', end='')\n"
-        "    print(': train 10.00 %')\n"
-        "print(name, end='')",
-        alt='a "dot" & no more',
-    )
-    assert main([str(source), "runs/target.ipynb", "-p", "epochs", "2", "-p", "name", "runs/x"]) == 0
-    shown, errors = capsys.readouterr()
-    headings, figure = ["", "# A title", "", "## Training"], '[figure: a "dot" & no more]'
-    first = "epoch 1/2: train 10.00 %; time for 1 at the pace of 1 left"
-    assert shown.splitlines()[:7] == [*headings, figure, first, "epoch 2/2: train 10.00 %"]
-    assert "\nruns/x\n\nDone in " in shown
-    assert "runs/target.html" in shown
+def test_the_notebook_runs_top_to_bottom_and_prints_its_epochs_without_bars(tiny_notebook, tmp_path, capfd):
+    nbformat.write(tiny_notebook, tmp_path / "S9_Final.ipynb")
+    assert main(["S9_Final.ipynb", "runs/S9_Final.ipynb", "-p", "seed", "1"]) == 0
+    shown, errors = capfd.readouterr()
+    assert "2,034,040 parameters" in shown
+    assert "\nepoch 1/1: train" in shown
+    assert "runs/S9_Final.html" in shown
     assert not errors
-    tags = [cell.metadata.get("tags") for cell in nbformat.read("runs/target.ipynb", as_version=4).cells]
-    assert tags.index(["injected-parameters"]) == tags.index(["parameters"]) + 1
-    assert sorted(os.listdir("runs")) == ["target.html", "target.ipynb"]
-    page = Path("runs/target.html").read_text()
-    assert "No description has been provided" not in page
-    assert "alt='a \"dot\" &amp; no more'" in page
-    assert "Alternative text is missing" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("line", "added"),
-    [
-        ("epoch 1/3: train 10.00 % (loss 2.3), test 10.00 % (loss 2.3), 9 s", "; 2 left"),
-        ("epoch 2/3 (synthetic): train 10.00 %", "; 1 left"),
-        ("epoch 3/3: train 10.00 %", ""),
-        ("epoch 1/3: train 10.00 %; about 18 s left", ""),
-        ("the epoch 1/3: train", ""),
-    ],
-)
-def test_the_time_left_is_added_once_and_to_epochs_only(line, added, monkeypatch):
-    monkeypatch.setattr(notebook, "remaining", lambda seconds, done, left: left)
-    client = notebook.TerminalClient(nbformat.v4.new_notebook(), Path("target.ipynb"))
-    assert client.time_left(line) == added
+    assert "it/s" not in shown
+    assert sum("image/png" in o.get("data", {}) for o in outputs(Path("runs/S9_Final.ipynb"))) >= 6
 
 
 def test_what_was_done_before_a_cell_failed_is_saved_and_the_error_readable(capsys):
-    source = write_notebook("print('before')\nvalue = 1\nvalue / 0", "print('never')")
-    assert main([str(source), "target.ipynb"]) == 1
+    source = write_notebook(
+        f"import base64\nfrom IPython.display import Image\nprint(epochs, name)\nImage(base64.b64decode('{PIXEL}'))",
+        "value = 1\nvalue / 0",
+        "print('never')",
+        alt='a "dot" & no more',
+    )
+    assert main([str(source), "runs/target.ipynb", "-p", "epochs", "[2, crop]", "-p", "name", "runs/a b"]) == 1
     shown, errors = capsys.readouterr()
-    assert "before" in shown
-    assert "never" not in shown
-    assert "----> 3 value / 0" in errors
-    assert "ZeroDivisionError: division by zero" in errors
+    assert shown == "[2, 'crop'] runs/a b\n"
+    assert "----> 2 value / 0" in errors
+    assert "\nZeroDivisionError: division by zero\n" in errors
     assert "\x1b" not in errors
     assert "Traceback" not in errors
-    assert [output.output_type for output in outputs(Path("target.ipynb"))] == ["stream", "error"]
-    assert "ZeroDivisionError" in Path("target.html").read_text()
+    assert [o.output_type for o in outputs(Path("runs/target.ipynb"))] == ["stream", "execute_result", "error"]
+    page = Path("runs/target.html").read_text()
+    assert "ZeroDivisionError" in page
+    assert "alt='a \"dot\" &amp; no more'" in page
 
 
-def test_ctrl_c_reaches_the_cell_which_may_save_and_say_so():
+@pytest.mark.parametrize(
+    ("name", "act", "status", "said"),
+    [
+        (
+            "SIGTERM",
+            "raise StoppedError('saved after 3 steps\\ngo on with: --resume')",
+            143,
+            "Error: saved after 3 steps",
+        ),
+        ("SIGINT", "os.kill(os.getppid(), signal.SIGINT)", 130, "stopped at once"),  # until the third one
+    ],
+)
+def test_signals_reach_the_cell_which_may_save_before_it_ends(name, act, status, said, capsys):
     source = write_notebook(
         "import os, signal, time\n"
-        "def stop(*args):\n    raise RuntimeError('saved after 3 steps\\ngo on with: --resume')\n"
+        "class StoppedError(Exception):\n    pass\n"
+        f"def stop(*args):\n    {act}\n"
         "signal.signal(signal.SIGINT, stop)\n"
+        f"os.kill(os.getppid(), signal.{name})\n"
         "print('training', flush=True)\n"
-        "time.sleep(60)",
+        "while True:\n    time.sleep(0.1)",
         "print('never')",
     )
-    command = [sys.executable, "-m", "machinery.notebook", source.resolve(), Path("target.ipynb").resolve()]
-    options: dict = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **options) as process:
-        assert process.stdout
-        assert "training\n" in iter(process.stdout.readline, "")
-        process.send_signal(signal.SIGINT)
-        shown, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "RuntimeError: saved after 3 steps\ngo on with: --resume" in errors
+    before = signal.getsignal(signal.SIGINT)
+    assert main([str(source), "target.ipynb"]) == status
+    shown, errors = capsys.readouterr()
+    assert said in errors
     assert "---->" not in errors
     assert "never" not in shown
-    assert [output.output_type for output in outputs(Path("target.ipynb"))] == ["stream", "error"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_parameter_that_the_notebook_lacks_is_refused(capsys, monkeypatch):
@@ -123,46 +106,43 @@ def test_a_parameter_that_the_notebook_lacks_is_refused(capsys, monkeypatch):
     assert "no parameter epoch; it has epochs, name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1", 1), ("0.5", 0.5), ("None", None), ("True", True), ("runs/a b", "runs/a b"), ("[1]", "[1]"), ("'1'", "1")],
-)
-def test_parameters_are_values_where_they_can_be(text, value):
-    assert value_of(text) == value
-    assert type(value_of(text)) is type(value)
+def test_what_cannot_be_written_is_said_in_a_sentence(capsys):
+    Path("full.ipynb").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="1"):
+        main([str(write_notebook("1")), "full.ipynb"])
+    shown, errors = capsys.readouterr()
+    assert errors.startswith("error: cannot write full.ipynb and its page: No space left")
+    assert errors.count("\n") == 1
+    assert not shown
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(40.4, "40 s"), (85, "1 min"), (59.7 * 60, "1 h 0 min"), (6000, "1 h 40 min")]
-)
-def test_durations_are_as_exact_as_needed(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_the_time_left_is_in_proportion():
-    assert remaining(seconds=85, done=1, left=19) == "about 27 min"
-    assert remaining(seconds=30, done=100, left=50) == "about 15 s"
+def test_the_time_is_that_of_all_steps_and_of_evaluation(capsys, monkeypatch):
+    how_long = importlib.import_module("benchmarks.how_long")
+    clock = iter([0, 9, 0, 9, 0, 1.1, 0, 0.1])  # two rounds: a step, of which 0.1 s are the optimizer's
+    monkeypatch.setattr(how_long, "IMAGES", 2)
+    monkeypatch.setattr(how_long.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(sys, "argv", ["how_long", "-p", "epochs", "3", "-p", "data", "synthetic"])
+    how_long.main()
+    seconds = 0.5 * (SYNTHETIC_COUNTS[True] + SYNTHETIC_COUNTS[False] / 3) + 0.1 * SYNTHETIC_COUNTS[True] / 500
+    assert f"{duration(seconds)} per epoch" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.parametrize(
-    ("given", "says", "parameters"),
+    ("given", "parameters"),
     [
-        (["EPOCHS=1"], "for 1 epoch.", "-p data synthetic -p epochs 1"),
-        ([], "for 2 epochs.", "-p data synthetic -p epochs 2"),
-        (["EPOCHS=3", "FOUND=0"], None, "-p epochs 3"),
-        (["RESUME=runs/x", "FOUND=0"], None, "-p resume runs/x"),
-        (["FOUND=1"], None, None),
+        (["EPOCHS=1"], "-p data synthetic -p epochs 1"),
+        (["EPOCHS=3", "RESUME=runs/x", "FOUND=0"], "-p epochs 3 -p resume runs/x"),
+        (["FOUND=1"], None),
     ],
 )
-def test_make_run_says_at_once_that_it_goes_on_with_drawn_pictures(tmp_path, given, says, parameters):
+def test_make_run_goes_on_with_synthetic_images_where_there_are_no_others(tmp_path, given, parameters):
     python = tmp_path / "python"  # stands in for that of the environment: the data's status, then the arguments
-    python.write_text('#!/bin/sh\ncase "$*" in *-p*|*S9_Final*) echo ran "$@";; *) exit ${FOUND:-3};; esac\n')
+    python.write_text('#!/bin/sh\ncase "$*" in *machinery.data*) exit ${FOUND:-3};; *) echo ran "$@";; esac\n')
     python.chmod(0o755)
     command = ["make", "--no-print-directory", "-o", python, "run", f"BIN={tmp_path}", f"READY={python}", *given]
     made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    said = [line.rpartition(", ")[2] for line in made.stdout.splitlines() if "CIFAR-10 is out of reach" in line]
-    assert said == ([says] if says else [])
+    assert ("synthetic" in made.stdout) == ("synthetic" in (parameters or ""))
     if parameters is None:
         assert made.returncode != 0
         assert "ran" not in made.stdout

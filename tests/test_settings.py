@@ -1,8 +1,6 @@
 """The settings and the command line: what they take, and how they refuse the rest."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -12,13 +10,11 @@ from small_runs import plain, plain_network
 import train
 from train import Config, MachineError, SettingError, choose_runtime, fit
 
-REPOSITORY = Path(__file__).parents[1]
-
 
 def test_the_command_line_refuses_weights_that_are_none(capsys):
     Path("start.pt").write_bytes(b"hello")
     assert train.main(["--weights", "start.pt", "--name", "plain"]) == 1
-    assert "error: start.pt does not hold the weights of a Net" in capsys.readouterr().err
+    assert "error: start.pt is damaged, or not a file of torch.save" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
@@ -105,9 +101,8 @@ def test_the_command_line_says_what_is_missing_without_a_traceback(monkeypatch, 
     assert "--data synthetic" in capsys.readouterr().err
 
 
-def test_help_runs_as_a_script_and_names_every_field(tmp_path):
-    run = subprocess.run(
-        [sys.executable, REPOSITORY / "train.py", "--help"], capture_output=True, text=True, check=True
-    )
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in run.stdout
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert all("--" + field.name.replace("_", "-") in shown for field in dataclasses.fields(Config))

@@ -1,228 +1,217 @@
-"""What happens to an image before the network sees it, as Albumentations transforms of whole batches.
+"""The random part of training: the order of the images, and crop, flip and cutout of whole batches.
 
-The numbers that chance draws come from sampling.py.
+The random numbers depend on (seed, epoch, image) alone, not on process, worker or batch, so a CPU, a GPU and
+Albumentations give the same. The functions take images uint8 (N, H, W, 3) and, on the same device, draws float64
+(N, 1 or 2), uniform in [0, 1).
 """
 
+import contextlib
 import functools
-import os
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-# Albumentations asks the network for a newer version when it is imported; it must not.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations as A
-import cv2
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Sampler
 
-from machinery.data.sampler import (
-    AUGMENTATIONS,
-    DRAWN_FOR,
-    HOLE,
-    MAX_PADDING,
-    PADDING,
-    crop_corners,
-    hole_corners,
-    is_flipped,
-)
+# Stand behind the seed, so that no two uses draw the same numbers.
+FLIPS, ORDER, AUGMENTATION, SKIP, TRANSFORM = range(1, 6)
+
+PADDING = 4  # pixels on each side before the crop, by default
+MAX_PADDING = 31  # a side of 32 has no more to reflect
+MAX_SKIP = 0.6  # of the images of an epoch; they are drawn from two thirds
+
+NUMBERS = 8  # that each image draws in an epoch
+COLUMNS = {  # of each augmentation among them, in the order in which these are applied
+    **{"crop": slice(0, 2), "flip": slice(2, 3), "affine": slice(3, 4)},
+    **{"trivial": slice(4, 5), "cutout": slice(5, 7), "corrupt": slice(7, 8)},
+}
+AUGMENTATIONS = tuple(COLUMNS)
+DEFAULT_AUGMENT = ("crop", "flip", "cutout")
+IN_BATCHES = {"crop", "flip", "cutout"}  # those that `augmented` does
+HOLE = 8  # pixels, the side of the square that cutout covers
+# Of test-time augmentation: how far the image moves, in pixels (down, right), and the weight of that place; each with
+# its mirror image. As in airbench (K. Jordan, 2024).
+VIEWS = (((0, 0), 0.5), ((1, 1), 0.25), ((-1, -1), 0.25))
 
 
-class BatchTransform(A.ImageOnlyTransform):
-    """An Albumentations transform of a batch in which each image follows random numbers of its own.
+class EpochSampler(Sampler):
+    """Pairs (epoch, index), every index once per epoch, in an order of (seed, epoch) alone.
 
-    Albumentations gives all `images` of a call the same draw, and called for one image after the other it spends most
-    of the time on the calls. So these transforms are called with `images`, uint8 (N, H, W, C), and `draws`, float
-    uniform in [0, 1), with a row for each image and the columns of `DRAWN_FOR`: what one augmentation draws does not
-    depend on which others are chosen.
+    Each pass is the next epoch; set `epoch` to go to another, and `start` to leave out its first images, already seen.
+    Each of several processes gets every `ranks`-th image; the last few, which do not divide by `ranks`, are left out.
+
+    With `skip`, 0 to 0.6, all but the first and the last of `epochs` leave out this share of the images, drawn from the
+    two thirds with the smallest `losses`, float32 (size,): a short training learns more per second from the others
+    (Jiang et al., "Accelerating deep learning by focusing on the biggest losers", 2019; K. Jordan's airbench96, 2024;
+    Qin et al., "InfoBatch", 2024). The training loop passes the losses to `note`.
     """
 
-    name: str  # in AUGMENTATIONS
+    def __init__(
+        self, size: int, seed: int = 0, rank: int = 0, ranks: int = 1, *, skip: float = 0.0, epochs: int = 0
+    ) -> None:
+        if not 0 <= skip <= MAX_SKIP or (skip and epochs < 1):
+            raise ValueError(f"skip must be from 0 to {MAX_SKIP} and come with epochs, got {skip}, {epochs}")
+        self.size, self.seed, self.rank, self.ranks, self.skip, self.epochs = size, seed, rank, ranks, skip, epochs
+        self.epoch = self.start = 0
+        self.losses = torch.zeros(size)
 
-    def __init__(self, p: float = 1) -> None:
-        super().__init__(p=p)
+    def __len__(self) -> int:
+        return self.count(self.epoch) // self.ranks
 
-    @property
-    def targets_as_params(self) -> list[str]:
-        return ["draws"]
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, indices = self.next_epoch()
+        return ((epoch, int(i)) for i in indices)
 
-    def __call__(self, *args: Any, force_apply: bool = False, **data: Any) -> Any:
-        if "draws" not in data:
-            raise ValueError(
-                f"the named augmentations need images=uint8 (N, H, W, C) and draws=(N, {len(DRAWN_FOR)}), got "
-                f"{', '.join(data) or 'nothing'}; for single images, give CIFAR10(augment=...) or "
-                "CIFAR10(transform=...) what is to happen to them"
-            )
-        return super().__call__(*args, force_apply=force_apply, **data)
+    def next_epoch(self) -> tuple[int, np.ndarray]:
+        """The epoch of the next pass, and the indices of this process in it; counts as a pass."""
+        epoch, start, self.epoch, self.start = self.epoch, self.start, self.epoch + 1, 0
+        return epoch, self.order(epoch)[start:][self.rank :: self.ranks]
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        images, draws = data.get("images"), data["draws"]
-        if images is None or np.shape(draws) != (len(images), len(DRAWN_FOR)):
-            raise ValueError(
-                f"expected images=uint8 (N, H, W, C) and draws=(N, {len(DRAWN_FOR)}), got "
-                f"{', '.join(f'{name} {np.shape(value)}' for name, value in data.items())}"
-            )
-        return {"draws": draws[:, [name == self.name for name in DRAWN_FOR]]}
+    def count(self, epoch: int) -> int:
+        """How many images the epoch, from 0, has over all processes."""
+        kept = self.size - self._pruned(epoch)
+        return kept - kept % self.ranks
 
+    def _pruned(self, epoch: int) -> int:
+        """How many images `skip` leaves out of the epoch."""
+        return int(self.skip * self.size) if 0 < epoch < self.epochs - 1 else 0
 
-class Crop(BatchTransform):
-    """Pads by `padding` px, reflected, and crops to the size from before: moves the image by up to so much each way."""
+    def order(self, epoch: int) -> np.ndarray:
+        """The indices of all processes in the epoch, from 0; with `skip`, by the current losses."""
+        order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.size)
+        if pruned := self._pruned(epoch):
+            easy = self.losses.argsort(stable=True)[: 2 * self.size // 3].numpy()
+            draw = np.random.default_rng((self.seed, SKIP, epoch)).choice(easy, pruned, replace=False)
+            order = order[~np.isin(order, draw)]
+        return order[: self.count(epoch)]
 
-    name = "crop"
+    def note(self, epoch: int, losses: Tensor) -> None:
+        """Takes the losses of the epoch's images, in their order, float (count(epoch),)."""
+        self.losses[torch.from_numpy(self.order(epoch))] = losses.float().cpu()
 
-    def __init__(self, padding: int = PADDING, p: float = 1) -> None:
-        super().__init__(p)
-        self.padding = padding
+    def state_dict(self) -> dict[str, Tensor]:
+        """The losses, on which `skip` depends; `epoch` and `start` are set by hand."""
+        return {"losses": self.losses} if self.skip else {}
 
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
-        (height, width), sides = images.shape[1:3], (self.padding, self.padding)
-        padded = np.pad(images, ((0, 0), sides, sides, (0, 0)), mode="reflect")
-        corners = crop_corners(draws, self.padding).tolist()
-        return np.stack([image[y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)])
-
-
-class Flip(BatchTransform):
-    """Mirrors left and right, for draws of at least a half; sampling.py makes these alternate from epoch to epoch."""
-
-    name = "flip"
-
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
-        return np.where(is_flipped(draws)[:, :, None, None], images[:, :, ::-1], images)
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.losses.copy_(state["losses"])
 
 
-class OneByOne(BatchTransform):
-    """An Albumentations transform called for one image after the other, for where the work itself takes long."""
-
-    transform: A.BasicTransform | A.OneOf
-
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
-        changed = []
-        for image, seed in zip(images, (draws[:, 0] * 2**53).astype(int).tolist(), strict=True):
-            self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
-            changed.append(self.transform(image=image)["image"])
-        return np.stack(changed)
+@functools.lru_cache(maxsize=2)
+def draws_of(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The draws of each of `size` images in an epoch: float64 (size, `NUMBERS`), uniform in [0, 1); flips alternate."""
+    generator = np.random.default_rng((seed, AUGMENTATION, epoch))
+    # "corrupt" draws after all the others, so these draw what they drew before there was such an augmentation.
+    draws = np.hstack([generator.random((size, columns)) for columns in (NUMBERS - 1, 1)])
+    sides = np.random.default_rng((seed, FLIPS)).integers(2, size=size)
+    draws[:, COLUMNS["flip"]] = ((epoch + sides) % 2 / 2)[:, None]
+    return draws
 
 
-class Affine(OneByOne):
-    """Shifts by up to 5 %, scales by 0.9 to 1.1 and rotates by up to 10 degrees, half of the time."""
-
-    name = "affine"
-
-    def __init__(self, p: float = 1) -> None:
-        super().__init__(p)
-        self.transform = reflecting_affine(
-            translate_percent=(-0.05, 0.05), scale=(0.9, 1.1), rotate=(-10, 10), keep_ratio=True, p=0.5
-        )
+@functools.lru_cache(maxsize=2)
+def seeds_of(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The seeds of users' transforms for `size` images, int64 (size,), below 2**62."""
+    return np.random.default_rng((seed, TRANSFORM, epoch)).integers(2**62, size=size)
 
 
-class Trivial(OneByOne):
-    """Half of the time, one of thirteen changes of colour or shape, at a strength of its own each time.
-
-    For long trainings, after TrivialAugment (Müller & Hutter, 2021), which changes nearly every image, also blurs, and
-    goes further in most.
-    """
-
-    name = "trivial"
-
-    def __init__(self, p: float = 1) -> None:
-        super().__init__(p)
-        same, none, turn, shear, shift, factor = (1, 1), (0, 0), (-30, 30), (-17, 17), (-0.3, 0.3), (0.1, 1.9)
-        self.transform = A.OneOf(
-            [
-                reflecting_affine(rotate=turn),
-                reflecting_affine(shear={"x": shear, "y": none}),
-                reflecting_affine(shear={"x": none, "y": shear}),
-                reflecting_affine(translate_percent={"x": shift, "y": none}),
-                reflecting_affine(translate_percent={"x": none, "y": shift}),
-                A.ColorJitter(factor, same, same, none, p=1),  # brightness
-                A.ColorJitter(same, factor, same, none, p=1),  # contrast
-                A.ColorJitter(same, same, factor, none, p=1),  # saturation
-                A.Sharpen(alpha=(0, 0.9), lightness=same, p=1),
-                A.Posterize(num_bits=(4, 8), p=1),
-                A.Solarize(threshold_range=(0, 1), p=1),
-                A.AutoContrast(method="pil", p=1),  # the other method is nearly Equalize
-                A.Equalize(p=1),
-            ],
-            p=0.5,
-        )
-
-
-def reflecting_affine(p: float = 1, **options: Any) -> A.Affine:
-    """`A.Affine`, with what comes in at the borders reflected."""
-    return A.Affine(border_mode=cv2.BORDER_REFLECT_101, p=p, strict=True, **options)  # type: ignore[call-arg]
-
-
-class Cutout(BatchTransform):
-    """Covers one square of `HOLE` px inside the image with `colour`, RGB 0-255 (DeVries & Taylor, 2017)."""
-
-    name = "cutout"
-
-    def __init__(self, colour: Sequence[int] = (0, 0, 0), p: float = 1) -> None:
-        super().__init__(p)
-        self.colour = tuple(colour)
-
-    def apply_to_images(self, images: np.ndarray, draws: np.ndarray, **params: Any) -> np.ndarray:
-        images = images.copy()
-        for image, (y, x) in zip(images, hole_corners(draws, images.shape[1:3]).tolist(), strict=True):
-            image[y : y + HOLE, x : x + HOLE] = self.colour
-        return images
-
-
-class JPEG(A.ImageCompression):
-    """As `A.ImageCompression`, which gives OpenCV red for blue; JPEG treats them unlike."""
-
-    def apply(self, img: np.ndarray, *args: Any, **params: Any) -> np.ndarray:
-        spoilt = super().apply(np.ascontiguousarray(img[..., ::-1]), *args, **params)
-        return np.ascontiguousarray(spoilt[..., ::-1])
-
-
-class Corrupt(OneByOne):
-    """A third of the time, noise, blur or JPEG compression at a strength of its own, as photographs have them.
-
-    For weights that are to be used on pictures of other origin (Hendrycks & Dietterich, 2019, measure what these cost).
-    """
-
-    name = "corrupt"
-
-    def __init__(self, p: float = 1) -> None:
-        super().__init__(p)
-        self.transform = A.OneOf(
-            [
-                A.GaussNoise(std_range=(0, 0.1), p=1),
-                A.GaussianBlur(sigma_limit=(0.2, 1.4), blur_limit=0, p=1),
-                JPEG(quality_range=(30, 95), p=1),
-            ],
-            p=1 / 3,
-        )
-
-
-def random_part(augment: Sequence[str], padding: int, colour: tuple[int, ...]) -> A.Compose:
-    """These augmentations, in the order of `AUGMENTATIONS`, called with `images` and `draws`: see `BatchTransform`.
-
-    Args:
-        augment: At least one name among `AUGMENTATIONS`.
-        padding: By how many pixels "crop" moves an image at most, 0 to 31.
-        colour: With which "cutout" covers, RGB 0-255.
-
-    Raises:
-        ValueError: A name is not among these, there is none, or `padding` is out of range.
-    """
-    if isinstance(augment, str) or not augment or not set(augment) <= set(AUGMENTATIONS):
-        raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {augment!r}")
+def check_augment(names: Sequence[str], padding: int) -> None:
+    """Raises ValueError unless `names` are among `AUGMENTATIONS` and `padding` is in range."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or any(n not in AUGMENTATIONS for n in names):
+        raise ValueError(f"augment takes a sequence of names among {', '.join(AUGMENTATIONS)}, got {names!r}")
     if not 0 <= padding <= MAX_PADDING:
-        raise ValueError(
-            f"padding must be from 0 to {MAX_PADDING}, for a side of 32 has no more to reflect, got {padding!r}"
-        )
-    return _random_part(tuple(augment), padding, colour)
+        raise ValueError(f"padding must be from 0 to {MAX_PADDING}, got {padding!r}")
 
 
-@functools.lru_cache
-def _random_part(augment: tuple[str, ...], padding: int, colour: tuple[int, ...]) -> A.Compose:
-    transforms = (Crop(padding), Flip(), Affine(), Trivial(), Cutout(colour), Corrupt())
-    return A.Compose([transform for transform in transforms if transform.name in augment], strict=True)
+@contextlib.contextmanager
+def random_states() -> Iterator[Callable[[int], None]]:
+    """Restores all random states afterwards; with a seed below 2**62, sets those of the CPU inside."""
+
+    def set_to(seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(gpus):
+        try:
+            yield set_to
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
-@functools.lru_cache
-def fixed_part(mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), normalised; called with `images=`, or with `image=` on one."""
-    return A.Compose([A.Normalize(mean, std), A.ToTensorV2()], strict=True)
+def augmented(images: Tensor, draws: Tensor, names: Sequence[str], padding: int, fill: Tensor) -> Tensor:
+    """Applies those of `IN_BATCHES` in `names`, in the order of `AUGMENTATIONS`; draws (N, `NUMBERS`)."""
+    if "crop" in names:
+        images = crop(images, draws[:, COLUMNS["crop"]], padding)
+    if "flip" in names:
+        images = torch.where((draws[:, COLUMNS["flip"]] >= 0.5)[:, :, None, None], images.flip(2), images)
+    if "cutout" in names:
+        images = cutout(images, draws[:, COLUMNS["cutout"]], fill)
+    return images
+
+
+def crop(images: Tensor, draws: Tensor, padding: int) -> Tensor:
+    """Moves each image by up to `padding` pixels each way, reflected at the borders; draws (N, 2)."""
+    count, height, width, channels = images.shape
+    corners = (draws * (2 * padding + 1)).long() - padding  # (N, 2) as (y, x)
+    y, x = _reflected(corners[:, :1], height), _reflected(corners[:, 1:], width)  # (N, H) and (N, W)
+    rows = torch.arange(count, device=images.device)[:, None] * height + y
+    pixels = rows[:, :, None] * width + x[:, None, :]
+    return images.reshape(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
+
+
+def _reflected(corner: Tensor, side: int) -> Tensor:
+    """For windows that begin at `corner` (N, 1), the source line of each of `side` lines, (N, side)."""
+    period = max(2 * side - 2, 1)
+    places = (corner + torch.arange(side, device=corner.device)) % period
+    return torch.minimum(places, period - places)
+
+
+def cutout(images: Tensor, draws: Tensor, fill: Tensor) -> Tensor:
+    """Fills a square of `HOLE` px inside each image with `fill`, uint8 (3,); draws (N, 2) (DeVries & Taylor, 2017)."""
+    inside = []
+    for axis, side in enumerate(images.shape[1:3]):
+        start = (draws[:, axis, None] * (side - HOLE + 1)).long()  # (N, 1)
+        place = torch.arange(side, device=images.device)
+        inside.append((place >= start) & (place < start + HOLE))
+    hole = inside[0][:, :, None] & inside[1][:, None, :]
+    return torch.where(hole[..., None], fill, images)
+
+
+def fill_of(mean: Sequence[float]) -> tuple[int, ...]:
+    """The fill of "cutout", RGB 0-255, from the mean on the scale 0-1."""
+    return tuple(np.rint(255 * np.array(mean)).astype(int).tolist())
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (..., H, W, 3) -> float32 (..., 3, H, W), as `A.Normalize` bit for bit; mean, std (3,) on the scale 0-1."""
+    return images.float().sub_(255 * mean).mul_((255 * std).reciprocal()).movedim(-1, -3)
+
+
+def views_of(images: Tensor, views: int) -> Iterator[tuple[Tensor, float]]:
+    """The images alone for 1, or six views for 6, (N, C, H, W) each, with weights that sum to 1."""
+    if views not in (1, 6):
+        raise ValueError(f"views must be 1 or 6 (the image, moved by a pixel two ways, each mirrored), got {views}")
+    if views == 1:
+        yield images, 1.0
+        return
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), "reflect")
+    for (down, right), weight in VIEWS:
+        moved = padded[:, :, 1 - down : 1 - down + height, 1 - right : 1 - right + width]
+        yield moved, weight / 2
+        yield moved.flip(3), weight / 2
+
+
+def cutmix(share: float, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixes images and labels in this share of the batches (Yun et al., "CutMix", 2019); None for 0."""
+    if not share:
+        return None
+    from torchvision.transforms import v2  # noqa: PLC0415  takes a second, and only this needs it
+
+    return v2.RandomApply([v2.CutMix(num_classes=classes)], share)

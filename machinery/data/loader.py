@@ -1,114 +1,228 @@
-"""Batches drawn on the device where training is, and the processes that prepare batches elsewhere."""
+"""Batches: of our own sets on the device; of others by torch's DataLoader, from checked items."""
 
 import contextlib
+import pickle
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
-from machinery.data.sampler import DRAWN_FOR, HOLE, EpochSampler, crop_corners, hole_corners, is_flipped
+from machinery.data.augment import (
+    IN_BATCHES,
+    TRANSFORM,
+    EpochSampler,
+    augmented,
+    draws_of,
+    fill_of,
+    normalize,
+    random_states,
+)
+from machinery.data.images import Images
+from machinery.errors import DataError, SettingError
 
-ON_DEVICE = {"crop", "flip", "cutout"}  # the augmentations that `DeviceLoader` can do
+TRIED = 64  # images of each set, by which `check_sets` compares them
+READ_TWICE = 8  # items
+UNSEEDED = (
+    "items that are read twice with the same random states differ, so their draws do not follow the seed: runs will "
+    "not repeat, and workers may repeat one another. If an Albumentations pipeline draws there, hand it over as "
+    "transform= of Images, or call, each time before it, self.transform.set_random_seed(int(torch.randint(2**31, ())))"
+)
+
+
+class ItemError(DataError):
+    """An item of a Dataset is unfit for training; the message names set and index."""
+
+    def __init__(self, message: str) -> None:
+        # From a worker, torch hands it on with the traceback before it.
+        super().__init__(message.rpartition("ItemError: ")[2].strip())
+
+
+def can_batch(dataset: Any, device: torch.device) -> bool:
+    """Whether `DeviceLoader` takes it: one of our own sets, not overridden, with room for it if on a GPU."""
+    if not isinstance(dataset, Images) or dataset.is_overridden or dataset.transform is not None:
+        return False
+    has_room = device.type != "cuda" or dataset.images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
+    return has_room and IN_BATCHES.issuperset(dataset.augment)
 
 
 class DeviceLoader:
-    """The batches of `make_loader`, made on the device: float32 (B, 3, H, W) in channels_last, and labels int64 (B,).
+    """Batches of a set on the device: float32 (B, 3, H, W) in channels_last, labels int64 (B,).
 
-    The uint8 images are moved there once; crop, flip and cutout follow the draws that the Dataset's own transforms
-    follow, so the images before normalisation are the same, bit for bit.
-
-    Args:
-        dataset: `images.Images`, whose augmentations must be among "crop", "flip" and "cutout".
-        batch_size: Of all processes together; each makes its own part.
-        sampler: As in `make_loader`.
-        device: Where to.
+    The uint8 images move there once, and are augmented as `Images` does, bit for bit.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, sampler: EpochSampler | range, device: torch.device) -> None:
-        self.dataset, self.batch_size, self.sampler = dataset, batch_size, sampler
-        self.ranks = sampler.ranks if isinstance(sampler, EpochSampler) else sampler.step
-        images = dataset.images.numpy()
-        if "crop" in dataset.augment:
-            sides = (dataset.padding, dataset.padding)
-            images = np.pad(images, ((0, 0), sides, sides, (0, 0)), mode="reflect")
-        self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
-        self.labels = dataset.labels.to(device)
-        self.size = (dataset.images.shape[1], dataset.images.shape[2])
-        self.mean, self.std = (255 * torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
-        self.colour = torch.tensor(dataset.hole_colour, dtype=torch.uint8, device=device)
-
-    @staticmethod
-    def can_draw(dataset: Any) -> bool:
-        """Whether the images of this Dataset can be drawn here."""
-        in_memory = all(hasattr(dataset, name) for name in ("images", "labels", "draws", "transform", "augment"))
-        return in_memory and dataset.transform is None and ON_DEVICE.issuperset(dataset.augment)
+    def __init__(
+        self,
+        dataset: Images,
+        share: int,
+        sampler: EpochSampler | range,
+        device: torch.device,
+        seed: int = 0,
+        name: str = "dataset",
+    ) -> None:
+        self.dataset, self.share, self.sampler, self.seed, self.name = dataset, share, sampler, seed, name
+        self.images, self.labels = dataset.images.to(device), dataset.labels.to(device)
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
+        self.fill = torch.tensor(fill_of(dataset.mean), dtype=torch.uint8, device=device)
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // (self.batch_size // self.ranks))
+        return -(-len(self.sampler) // self.share)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        keys = [key if isinstance(key, tuple) else (0, key) for key in self.sampler]
-        indices = np.array([index for _, index in keys])
-        order = self._moved(indices)
-        rows = {name: self._moved(values) for name, values in self._places(keys[0][0], indices).items()} if keys else {}
-        share = self.batch_size // self.ranks
-        for part in (slice(start, start + share) for start in range(0, len(keys), share)):
-            images = self.augmented(order[part], {name: values[part] for name, values in rows.items()})
-            yield self.normalized(images), self.labels[order[part]]
+        sampler, own = self.sampler, self.dataset
+        epoch, indices = sampler.next_epoch() if isinstance(sampler, EpochSampler) else (0, np.array(sampler))
+        numbers = draws_of(self.seed, epoch, own.whole)[own.rows[indices]]
+        order, draws = (torch.from_numpy(values).to(self.images.device) for values in (indices, numbers))
+        for start in range(0, len(indices), self.share):
+            part = order[start : start + self.share]
+            drawn = draws[start : start + self.share]
+            images = augmented(self.images[part], drawn, own.augment, own.padding, self.fill)
+            yield normalize(images, self.mean, self.std), self.labels[part]
 
-    def _moved(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.images.device)
+    def set_outputs(self, outputs: int) -> None:
+        """Raises ItemError if a label is not one of the network's outputs."""
+        index = int(self.dataset.labels.argmax())
+        _refuse_label(f"{self.name}[{index}]", int(self.dataset.labels[index]), outputs)
 
-    def _places(self, epoch: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """What the draws come to: for crop and cutout, corners int64 (N, 2) as (y, x); for flip, bool (N,)."""
-        if not self.dataset.augment:
-            return {}
-        draws = self.dataset.draws(epoch, indices)
-        draw = {name: draws[:, [other == name for other in DRAWN_FOR]] for name in self.dataset.augment}
-        places = {
-            "crop": lambda: crop_corners(draw["crop"], self.dataset.padding),
-            "flip": lambda: is_flipped(draw["flip"])[:, 0],
-            "cutout": lambda: hole_corners(draw["cutout"], self.size),
-        }
-        return {name: places[name]() for name in draw}
 
-    def augmented(self, batch: Tensor, rows: dict[str, Tensor]) -> Tensor:
-        """The images at the indices `batch` (B,), after augmentation, uint8 (B, H, W, 3)."""
-        y, x = (torch.arange(side, device=batch.device).expand(len(batch), side) for side in self.size)
-        down, across = y, x
-        if "flip" in rows:
-            across = torch.where(rows["flip"][:, None], self.size[1] - 1 - x, x)
-        if "crop" in rows:
-            down, across = down + rows["crop"][:, :1], across + rows["crop"][:, 1:]
-        images = self.images[batch[:, None, None], down[:, :, None], across[:, None, :]]
-        if "cutout" in rows:
-            inside = [
-                (line >= rows["cutout"][:, i : i + 1]) & (line < rows["cutout"][:, i : i + 1] + HOLE)
-                for i, line in enumerate((y, x))
+class Items(Subset):
+    """Any map-style Dataset, read by pairs (epoch, index), with draws that follow (seed, epoch, index).
+
+    ItemError if an item is not (float image (C, H, W), integer label below `outputs`), or shapes differ.
+    """
+
+    shape: tuple[int, ...] | None = None
+    outputs: int | None = None
+
+    def __init__(self, dataset: Any, seed: int = 0, name: str = "dataset") -> None:
+        super().__init__(dataset, range(len(dataset)))
+        self.seed, self.name = seed, name
+        self.own = dataset if isinstance(dataset, Images) and not dataset.is_overridden else None
+        self.shape = tuple(self[0][0].shape)
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[tuple[Tensor, int]]:
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        if self.own:
+            items: list[Any] = self.own.read(pairs, self.seed)
+        else:
+            items = []
+            with random_states() as set_to:
+                for pair in pairs:
+                    mixed = np.random.SeedSequence((self.seed, TRANSFORM, *pair)).generate_state(1, np.uint64)[0]
+                    set_to(int(mixed) >> 2)
+                    items.append(self.dataset[pair[1]])
+        return [self._checked(item, index) for item, (_, index) in zip(items, pairs, strict=True)]
+
+    def _checked(self, item: Any, index: int) -> tuple[Tensor, int]:
+        """The image as float32, and the label as an int."""
+        where = f"{self.name}[{index}]"
+        image, label = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        if isinstance(label, Tensor | np.ndarray | np.generic) and label.ndim == 0:
+            label = label.item()
+        if isinstance(image, Tensor) and image.dtype == torch.uint8:
+            raise ItemError(
+                f"{where}: the image is uint8; the Dataset must return it as float, scaled and normalised: "
+                "(image / 255 - mean) / std, with mean and std of shape (3, 1, 1)"
+            )
+        is_image = isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()
+        if not is_image or not isinstance(label, int):
+            kinds = [
+                f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor | np.ndarray) else type(part).__name__
+                for part in (image, label)
             ]
-            hole = inside[0][:, :, None, None] & inside[1][:, None, :, None]
-            images = torch.where(hole, self.colour, images)
-        return images
+            found = " and ".join(kinds)
+            raise ItemError(f"{where}: an item must be (float tensor (C, H, W), integer label), got {found}")
+        if self.shape and image.shape != self.shape:
+            raise ItemError(f"{where}: the image is {tuple(image.shape)}, that of {self.name}[0] is {self.shape}")
+        _refuse_label(where, label, self.outputs)
+        return image.float(), label
 
-    def normalized(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), laid out in channels_last."""
-        return ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+    def follow_seed(self) -> bool:
+        """Whether items read twice with the same random states are equal; named augmentations always are."""
+        if self.own and self.own.transform is None:
+            return True
+        once, again = (self.__getitems__(_spread(len(self), READ_TWICE)) for _ in range(2))
+        return all(torch.equal(a, b) and label == same for (a, label), (b, same) in zip(once, again, strict=True))
+
+
+def _refuse_label(where: str, label: int, outputs: int | None) -> None:
+    """Raises ItemError if the label is negative or not below the network's outputs."""
+    if label < 0 or (outputs is not None and label >= outputs):
+        allowed = "labels count from 0" if outputs is None else f"the network has {outputs} outputs, 0 to {outputs - 1}"
+        raise ItemError(f"{where}: the label is {label}, but {allowed}")
+
+
+def _spread(count: int, tried: int) -> list[int]:
+    """At most `tried` indices below `count`, evenly spaced."""
+    return np.linspace(0, count - 1, min(tried, count)).astype(int).tolist()
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader of `Items`."""
+
+    dataset: Items
+
+    @property
+    def share(self) -> int:
+        """The number of images in a batch of this process."""
+        return self.batch_size or 0
+
+    def __iter__(self) -> Any:
+        try:
+            return super().__iter__()
+        except (pickle.PicklingError, AttributeError, TypeError) as error:  # of workers that are spawned
+            raise SettingError(
+                f"{self.dataset.name} cannot be sent to the workers ({error}): define what it holds in a .py file and "
+                "import it, or take workers = 0, which gives the same"
+            ) from error
+
+    def set_outputs(self, outputs: int) -> None:
+        """Makes labels beyond the network's outputs raise ItemError when read."""
+        self.dataset.outputs = outputs
 
 
 def end_workers(loader: object) -> None:
-    """Ends the processes of a loader now. An exception would keep them, and ending them later can take a minute."""
+    """Ends the worker processes now: an exception would keep them, and ending them later can take a minute."""
     if iterator := getattr(loader, "_iterator", None):
         with contextlib.suppress(RuntimeError):  # of one that was killed
             iterator._shutdown_workers()
 
 
 def start_worker(worker: int) -> None:
-    """What each process of a loader does first."""
+    """Sets up a worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes, but for the training one to answer
         signal.signal(number, signal.SIG_IGN)
     import cv2  # noqa: PLC0415  whoever has no workers does not wait for it
 
     cv2.setNumThreads(0)  # its threads would fight those of training for the cores
+
+
+def check_sets(train_set: Any, test_set: Any, warn: Callable[[str], object] = print) -> None:
+    """Compares some images of both sets; `warn` gets a line if a transform leaves all of them unchanged.
+
+    SettingError if they cannot be normalised alike (spreads differ by a factor over 3, or means by over 2 spreads).
+    """
+    values = []
+    for name, dataset in (("train_set", train_set), ("test_set", test_set)):
+        items = Items(dataset, name=name)
+        places = _spread(len(items), TRIED)
+        images = torch.stack([image for image, _ in items.__getitems__(places)])
+        values.append((float(images.mean()), float(images.std())))
+        if items.own and items.own.transform is not None:
+            plain = normalize(items.own.images[places], torch.tensor(items.own.mean), torch.tensor(items.own.std))
+            if torch.equal(images, plain):
+                warn(f"{name}: its transform left all of the {len(places)} images that were tried as they were")
+    (mean, spread), (other, other_spread) = values
+    if max(spread, other_spread) > 3 * min(spread, other_spread) or abs(mean - other) > 2 * min(spread, other_spread):
+        raise SettingError(
+            f"the images of train_set have mean {mean:.3g} and standard deviation {spread:.3g}, those of test_set "
+            f"{other:.3g} and {other_spread:.3g}: they are not normalised alike. What a transform returns as uint8 is "
+            "scaled and normalised, what it returns as float is taken to be finished"
+        )

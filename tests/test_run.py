@@ -1,4 +1,4 @@
-"""A run's folder: two runs never share one, and odd contents are refused in a sentence."""
+"""A run's folder: two runs never share one, and odd contents of a checkpoint are refused in a sentence."""
 
 import pickle
 import threading
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_cifar10_in
 from small_runs import plain, plain_network, quick, signal_at, small_network
 
 import train
 from machinery import checkpoint, errors
-from train import CheckpointError, SettingError, StoppedError, UnsavedError, fit, resumed
+from train import CheckpointError, SettingError, StoppedError, fit, resumed
 
 
 def test_runs_without_a_name_that_begin_in_one_second_get_folders_of_their_own(monkeypatch):
@@ -19,7 +20,7 @@ def test_runs_without_a_name_that_begin_in_one_second_get_folders_of_their_own(m
 
     def search(lr: float) -> None:
         try:
-            fit(plain(name=None, lr=lr), plain_network())
+            fit(plain(name=None, lr=lr, epochs=1), plain_network())
         except BaseException as error:
             failed.append(error)
 
@@ -33,18 +34,6 @@ def test_runs_without_a_name_that_begin_in_one_second_get_folders_of_their_own(m
     assert folders == ["cifar10-seed0-now", "cifar10-seed0-now-2", "cifar10-seed0-now-3"]
     rates = {torch.load(Path("runs", name, "last.pt"), weights_only=True)["result"]["config"]["lr"] for name in folders}
     assert rates == {0.01, 0.02, 0.03}
-
-
-def test_a_name_that_is_taken_is_refused_within_a_process_too():
-    refused = []
-
-    def again(row: dict) -> None:
-        with pytest.raises(SettingError, match=r"name: this process is already writing to runs.plain") as error:
-            fit(plain(overwrite=True), plain_network())
-        refused.append(error)
-
-    fit(plain(), plain_network(), on_epoch=again)
-    assert len(refused) == 2
 
 
 def change(path: str, value: object):
@@ -65,11 +54,8 @@ def change(path: str, value: object):
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, tiny) -> bytes:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("stopped"))
-        for name, value in tiny.expectations().items():
-            patch.setattr("torchvision.datasets.CIFAR10." + name, value)
+def finished(tmp_path_factory, tiny) -> bytes:
+    with tiny_cifar10_in(tmp_path_factory.mktemp("finished"), tiny):
         fit(quick(epochs=1, data_dir=tiny.root), small_network())
         return Path("runs/quick/last.pt").read_bytes()
 
@@ -82,33 +68,30 @@ def stopped(tmp_path_factory, tiny) -> bytes:
         change("result", []),
         change("result.config", [1]),
         change("result.config.lr", ...),
-        change("result.config.colour", "red"),
-        change("result.config.lr", "fast"),
-        change("result.history", [1, 2]),
         change("result.history", {"epoch": [1], "lr": []}),
         change("result.history", ...),
         change("result.versions", ...),
         change("result.wall_seconds", ...),
         change("meter", None),
         change("meter.images", ...),
-        change("meter.colour", 1),
         change("meter.sums", 3),
-        change("model", []),
         change("model", {}),
         change("optimizer", 1),
         change("optimizer.param_groups", []),
+        change("result.train_set.digest", ...),
         change("scheduler", "linear"),
-        change("losses", torch.zeros(3)),
-        change("losses", ...),
-        change("random", [1, 2]),
-        change("random", torch.zeros(3)),
+        change("sampler.losses", torch.zeros(3)),
+        change("sampler", ...),
+        change("random.cpu", torch.zeros(3)),
+        change("items", ...),
+        change("rate", ...),
         change("random", ...),
     ],
 )
-def test_a_checkpoint_with_odd_contents_is_refused_in_a_sentence(stopped, odd, capsys):
+def test_a_checkpoint_with_odd_contents_is_refused_in_a_sentence(finished, odd, capsys):
     path = Path("runs/quick/last.pt")
     path.parent.mkdir(parents=True)
-    path.write_bytes(stopped)
+    path.write_bytes(finished)
     path.write_bytes(checkpoint.packed(odd(checkpoint.load(path))))
     with pytest.raises((CheckpointError, SettingError)):
         fit(resumed("runs/quick", epochs=2, data_dir=None), small_network())
@@ -117,14 +100,12 @@ def test_a_checkpoint_with_odd_contents_is_refused_in_a_sentence(stopped, odd, c
 
 
 def test_every_error_passes_from_one_process_to_another_with_what_it_holds():
+    arguments = {"StoppedError": ("stopped", 15), "UnsavedError": ("full", {"epoch": [1]})}
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, Exception):
-            arguments = {"StoppedError": ("stopped", 15), "UnsavedError": ("full", {"epoch": [1]})}
             error = kind(*arguments.get(kind.__name__, ("message",)))
             again = pickle.loads(pickle.dumps(error))
             assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))
-    assert pickle.loads(pickle.dumps(StoppedError("stopped", 15))).signal == 15
-    assert pickle.loads(pickle.dumps(UnsavedError("full", {"epoch": [1]}))).history == {"epoch": [1]}
 
 
 def test_stored_paths_are_absolute_and_the_command_to_go_on_is_quoted(tiny_root, monkeypatch):

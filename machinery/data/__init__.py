@@ -1,0 +1,1 @@
+"""The data: found on disk, held in memory, augmented, sampled and batched."""
