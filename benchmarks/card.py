@@ -1,10 +1,10 @@
-"""Measures the trained weights on the test set, for weights/README.md: `make card`, which needs CIFAR-10.
+"""Measures the pretrained weights on the test set of CIFAR-10, or replaces them first; for weights/README.md.
 
-Accuracy, plain and per class; calibration; and accuracy on test images spoilt in five ways at five strengths, made with
-Albumentations after the idea of CIFAR-10-C (Hendrycks & Dietterich, 2019), whose images these are not. All in fp32.
-With `make card RUN=runs/NAME SIBLING=runs/OTHER`, the weights of a run are first put in the place of those that ship;
-with RUN="runs/A runs/B", the mean of theirs. Nothing is left on which they could be calibrated, so this is done by the
-temperature of the sibling, a run of the same recipe that kept training images aside.
+`make card` measures; `make card RUN="runs/A runs/B" SIBLING=runs/OTHER` first takes the mean of the weights of runs.
+
+Corruptions follow the idea of CIFAR-10-C (Hendrycks & Dietterich, 2019), but are made by Albumentations. The runs have
+trained on all images, which leaves none for calibration; so the temperature is that of the sibling, a run of the same
+recipe with validation images.
 """
 
 import argparse
@@ -12,146 +12,78 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import albumentations as A
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import DEFAULT, FOLDER, record_of
+from common import DEFAULT, REPOSITORY, record_of, save
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.utils.data import DataLoader
 
 from dataset import CIFAR10, Images, make_loader
-from machinery.data.augment import JPEG
-from machinery.errors import DataError
-from machinery.plots import picture_grid
-from machinery.weights import WeightsError
+from machinery import checkpoint
+from machinery.data.transforms import JPEG
 from model import WEIGHTS, Net
 from train import Config, choose_runtime, describe_hardware, make_loaders, predict
 from utils import expected_calibration_error, per_class_accuracy, plot_reliability
 
-MODEL = FOLDER.parent / "model.py"
-RECIPE = "augment", "padding", "cutmix", "label_smoothing", "batch_size"  # what decides how sure a network becomes
+MODEL = REPOSITORY / "model.py"
 
-
-# What spoils a picture -> strengths, and the transform for one of them.
-CORRUPTIONS = {
-    "noise (standard deviation, of 255)": (
-        (5, 10, 15, 25, 40),
-        lambda s: A.GaussNoise(std_range=(s / 255, s / 255), p=1),
-    ),
-    "blur (standard deviation, px)": (
-        (0.4, 0.6, 0.8, 1.2, 1.8),
-        lambda s: A.GaussianBlur(sigma_limit=(s, s), blur_limit=0, p=1),
-    ),
-    "brightness (added, of 1)": (
-        (0.1, 0.2, 0.3, 0.4, 0.5),
-        lambda s: A.RandomBrightnessContrast(brightness_limit=(s, s), contrast_limit=(0, 0), p=1),
-    ),
-    "contrast (factor)": (
-        (0.8, 0.6, 0.4, 0.25, 0.15),
-        lambda s: A.ColorJitter((1, 1), (s, s), (1, 1), (0, 0), p=1),
-    ),
-    "JPEG (quality)": (
-        (90, 70, 50, 30, 15),
-        lambda s: JPEG(quality_range=(s, s), p=1),
-    ),
+# Corruption -> strengths, and the transform for one of them.
+CORRUPTIONS: dict[str, tuple[tuple[float, ...], Callable[[Any], A.BasicTransform]]] = {
+    "noise (standard deviation, of 255)": ((5, 10, 15, 25, 40), lambda s: A.GaussNoise((s / 255, s / 255), p=1)),
+    "blur (standard deviation, px)": ((0.4, 0.6, 0.8, 1.2, 1.8), lambda s: A.GaussianBlur(0, (s, s), p=1)),
+    "brightness (added, of 1)": ((0.1, 0.2, 0.3, 0.4, 0.5), lambda s: A.RandomBrightnessContrast((s, s), (0, 0), p=1)),
+    "contrast (factor)": ((0.8, 0.6, 0.4, 0.25, 0.15), lambda s: A.ColorJitter((1, 1), (s, s), (1, 1), (0, 0), p=1)),
+    "JPEG (quality)": ((90, 70, 50, 30, 15), lambda s: JPEG(quality_range=(s, s), p=1)),
 }
+COLOURS = "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00"  # of the corruptions; colour-blind safe (Okabe & Ito)
 
 
-def ship(runs: Sequence[Path], sibling: Path, data_dir: str | None = None) -> None:
-    """Makes the mean of the weights of finished runs those that ship, calibrated, and puts their sha256 into model.py.
+def publish_weights(runs: Sequence[Path], sibling: Path) -> None:
+    """Makes the calibrated mean of the weights of finished runs the pretrained ones.
 
-    The records of all runs go beside them, under the names that their folders have; the sibling's as such.
-
-    Args:
-        runs: On all training images.
-        sibling: Of the recipe of the last run, maybe shorter, but with held-out images.
-        data_dir: Where CIFAR-10 is, of which the mean of several runs needs the training images.
-
-    Raises:
-        DataError: CIFAR-10 is needed and missing or damaged.
-        WeightsError: They are no weights of a `Net`.
-        ValueError: A run is named twice, is not finished, or did not train on all of CIFAR-10's training images and
-            nothing else; or the sibling is none.
+    Their sha256 goes into model.py, and the records of all runs, and of the sibling, beside them.
     """
     nets = [Net.from_pretrained(run / "model.pt") for run in runs]
-    records = [named_record_of(run) for run in runs]
-    for run, record in zip(runs, records, strict=True):
-        refuse_other_images(run, record)
-    last, other = records[-1], named_record_of(sibling)
-    refuse_no_sibling(sibling, other, runs[-1], last)
-    names = [record["config"]["name"] for record in records]
-    if len(set(names)) < len(names):
-        raise ValueError(f"each run counts once, got {', '.join(names)}")
-    if len(runs) == 1:
-        net = nets[0]
-    else:  # the images of the last run, but without CutMix
-        settings = {**DEFAULT, **last["config"]}  # of which a record lacks those that came later
+    *_, last = records = [record_of(run) for run in runs]
+    refuse_unfit(records, other := record_of(sibling))
+    net, settings = nets[0], {**DEFAULT, **last["config"]}
+    if len(runs) > 1:  # BatchNorm statistics over the images of the last run, but without CutMix
         images = {name: settings[name] for name in ("augment", "padding", "seed")}
-        net = mean_of(nets, make_loaders(Config(data_dir=data_dir, **images))[0])
-    last |= {"before": all_before(records), "mean_of": names}
-    net.divide_logits(other["temperature"])
-    torch.save(net.state_dict(), WEIGHTS)
-    WEIGHTS.with_name("metrics.json").write_text(json.dumps({**last, "sibling": other}, indent=1) + "\n")
+        net = mean_of(nets, make_loaders(Config(**images))[0])
+    net.apply_temperature(other["temperature"])
+    checkpoint.write_whole(WEIGHTS, checkpoint.weights_file(net))
+    names = [record["config"]["name"] for record in records]
+    behind = {"before": parents_of(records), "mean_of": names, "sibling": other}
+    save({**last, **behind}, WEIGHTS.with_name("metrics.json"))
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     MODEL.write_text(re.sub('WEIGHTS_SHA256 = ".*"', f'WEIGHTS_SHA256 = "{digest}"', MODEL.read_text()))
 
 
-def named_record_of(run: Path) -> dict[str, Any]:
-    """Its record with its name, which the settings lack if it is the default."""
-    record = record_of(run)
-    record["config"]["name"] = run.resolve().name
-    return record
-
-
-def refuse_other_images(run: Path, record: dict[str, Any]) -> None:
-    """Raises ValueError if it is not finished, or may have trained on other images than all of CIFAR-10's."""
-    done, config = len(record["history"]["epoch"]), record["config"]
-    if done < config["epochs"] or record["data"] != "cifar10" or config["holdout"]:
-        raise ValueError(f"{run}: {done} of {config['epochs']} epochs on {record['data']}, holdout {config['holdout']}")
-    if (config["weights"] and not record["before"]) or any(other["data"] != "cifar10" for other in record["before"]):
-        raise ValueError(f"{run}: it began with {config['weights']}, trained on other images or nobody knows on which")
-
-
-def refuse_no_sibling(sibling: Path, other: dict[str, Any], run: Path, record: dict[str, Any]) -> None:
-    """Raises ValueError if `other`, the record of `sibling`, has no temperature that may calibrate this run."""
-    settings, others = ({**DEFAULT, **found["config"]} for found in (record, other))
-    unlike = [f"{name} is {others[name]}, not {settings[name]}" for name in RECIPE if others[name] != settings[name]]
-    if other["data"] != "cifar10" or unlike:
-        raise ValueError(f"{sibling} is no sibling of {run}: {'; '.join(unlike) or 'it trained on other images'}")
-    if others["weights"]:
-        raise ValueError(f"{sibling} began with {others['weights']}, which may know the images it held out; train anew")
-    if "temperature" not in other:
-        raise ValueError(f"{sibling} has no temperature: train it to its end with --holdout 5000")
-
-
-def all_before(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that these went through, and these, each once; but the last of these."""
-    runs: list[dict[str, Any]] = []
-    known = [records[-1]["history"]]  # two runs have the same seconds by no chance
+def refuse_unfit(records: list[dict[str, Any]], sibling: dict[str, Any]) -> None:
+    """Raises ValueError unless all runs were trained to the end on all of CIFAR-10, and the sibling was calibrated."""
     for record in records:
-        own = {field: value for field, value in record.items() if field != "before"}
-        for run in (*record["before"], own):
-            if run["history"] not in known:
-                runs.append(run)
-                known.append(run["history"])
-    return runs
+        config, trained_on = record["config"], {run["data"] for run in (record, *record["before"])}
+        if trained_on != {"cifar10"} or config["holdout"] or len(record["history"]["epoch"]) < config["epochs"]:
+            raise ValueError(f"{config['name']} was not trained to its end on all training images of CIFAR-10 alone")
+    if "temperature" not in sibling:
+        raise ValueError("the sibling has no temperature; train it to its end with --holdout 5000, without --weights")
 
 
-def mean_of(nets: list[Net], loader: DataLoader) -> Net:
-    """A network with the mean of these weights (Wortsman et al., 2022), and with BatchNorm statistics of its own.
+def parents_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All runs behind these and these, each once, without the last; no two runs have the same seconds."""
+    runs = [run for record in records for run in (*record["before"], {**record, "before": []})]
+    return list({str(run["history"]["seconds"]): run for run in runs[:-1]}.values())
 
-    They should have trained on from the same weights, and not for too long; of others, the mean is good for nothing
-    (Frankle et al., 2020).
 
-    Args:
-        loader: Of the training images, over which the statistics are taken.
-    """
+def mean_of(nets: list[Net], loader: Any) -> Net:
+    """A network with the mean of these weights (Wortsman et al., 2022), and BatchNorm statistics over the loader."""
     mean = AveragedModel(nets[0])
     for net in nets:
         mean.update_parameters(net)
@@ -164,8 +96,8 @@ def log_probs_of(model: nn.Module, dataset: Images) -> Tensor:
     return predict(model, make_loader(dataset, 500, train=False), runtime=choose_runtime("cpu", "fp32"))[0]
 
 
-def spoilt(dataset: Images, transform: A.BasicTransform) -> Images:
-    """A copy of the dataset after `transform`, whose draws for an image depend on its place alone."""
+def corrupt(dataset: Images, transform: A.BasicTransform) -> Images:
+    """A copy of the dataset after `transform`, whose random numbers depend on the place of an image alone."""
     copy = dataset.subset(range(len(dataset)))
     for i, picture in enumerate(dataset.images.numpy()):
         transform.set_random_state(np.random.default_rng(i), random.Random(i))
@@ -174,65 +106,67 @@ def spoilt(dataset: Images, transform: A.BasicTransform) -> Images:
 
 
 def plot_corruptions(dataset: Images, accuracy: float, corrupted: dict[str, dict[str, float]], index: int) -> Figure:
-    """Image `index` as it is and under each corruption, with the accuracies in percent on all images spoilt alike."""
-    figure, grid = picture_grid(len(CORRUPTIONS), 6, width=8, title_height=0.1)
+    """Test accuracy in percent against strength, a line per corruption; below, image `index` under the strongest."""
+    mosaic: Any = [["chart"] * (1 + len(CORRUPTIONS)), ["clean", *CORRUPTIONS]]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(9, 6.4), height_ratios=(3, 1), layout="constrained")
     one = dataset.subset([index])
-    for row, (name, (strengths, make)) in zip(grid, CORRUPTIONS.items(), strict=True):
-        pictures = {f"as it is: {accuracy:.1f} %": one.images[0]}
-        for strength in strengths:
-            title = f"{strength}: {corrupted[name][str(strength)]:.1f} %"
-            pictures[title] = spoilt(one, make(strength)).images[0]
-        for axes, (title, picture) in zip(row, pictures.items(), strict=True):
-            axes.imshow(picture.numpy(), interpolation="nearest")
-            axes.set_title(title, fontsize=10)
-        row[0].text(-0.15, 0.5, name.replace(" (", "\n("), transform=row[0].transAxes, ha="right", va="center")
+    pictures = {"clean": one.images[0]}
+    for (name, (strengths, make)), colour, marker in zip(CORRUPTIONS.items(), COLOURS, "osD^v", strict=True):
+        values = [accuracy, *corrupted[name].values()]
+        label = f"{name}: {strengths[0]} to {strengths[-1]}"
+        axes["chart"].plot(values, color=colour, marker=marker, label=label)
+        pictures[name] = corrupt(one, make(strengths[-1])).images[0]
+    axes["chart"].set(title="Test accuracy on corrupted images", xlabel="strength", ylabel="test accuracy (%)")
+    axes["chart"].set_xticks(range(6), ["clean", "1", "2", "3", "4", "5"])
+    axes["chart"].grid(alpha=0.3)
+    axes["chart"].legend(loc="lower left")
+    for name, picture in pictures.items():
+        axes[name].imshow(picture.numpy(), interpolation="nearest")
+        axes[name].set_title(name if name == "clean" else f"{name.split()[0]}, 5", fontsize=10)
+        axes[name].axis("off")
+    plt.close(figure)
     return figure
 
 
-def measure(model: nn.Module, test_set: Images) -> dict:
-    """All that the card says of the weights; also draws its pictures."""
-    labels = test_set.labels
+def measure(model: nn.Module, test_set: Images) -> dict[str, Any]:
+    """Everything that the card says of the weights; also draws its pictures."""
+    labels, log_probs = test_set.labels, log_probs_of(model, test_set)
 
     def accuracy(log_probs: Tensor) -> float:
         return round(100 * (log_probs.argmax(1) == labels).float().mean().item(), 2)
 
-    right = accuracy(log_probs := log_probs_of(model, test_set))
-    print(f"{right:.2f} % of {len(labels):,} test images", flush=True)
+    corrupted = {
+        name: {str(s): accuracy(log_probs_of(model, corrupt(test_set, make(s)))) for s in strengths}
+        for name, (strengths, make) in CORRUPTIONS.items()
+    }
     plot_reliability(log_probs, labels).savefig(WEIGHTS.with_name("reliability.png"), dpi=110)
-    corrupted: dict[str, dict[str, float]] = {}
-    for name, (strengths, make) in CORRUPTIONS.items():
-        corrupted[name] = {str(s): accuracy(log_probs_of(model, spoilt(test_set, make(s)))) for s in strengths}
-        print(name, corrupted[name], flush=True)
-    picture = plot_corruptions(test_set, right, corrupted, index=1)
+    picture = plot_corruptions(test_set, accuracy(log_probs), corrupted, index=1)
     picture.savefig(WEIGHTS.with_name("corruptions.png"), dpi=110)
     per_class = per_class_accuracy(log_probs, labels, test_set.classes)
     return {
         "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
         "bytes": WEIGHTS.stat().st_size,
         "hardware": describe_hardware(),
-        "accuracy": right,
-        "per_class": {name: round(accuracy, 2) for name, accuracy in per_class.items()},
+        "accuracy": accuracy(log_probs),
+        "per_class": {name: round(value, 2) for name, value in per_class.items()},
         "expected_calibration_error": round(expected_calibration_error(log_probs, labels), 2),
         "mean_confidence": round(100 * log_probs.exp().amax(1).mean().item(), 2),
         "corrupted": corrupted,
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="ship the mean of the weights of these runs")
+    parser.add_argument("--run", type=Path, nargs="+", metavar="DIR", help="publish the mean of the weights of these")
     parser.add_argument("--sibling", type=Path, metavar="DIR", help="calibrated by the temperature of this run")
-    parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is; then $CIFAR10_ROOT, then ./data")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if (options.run is None) != (options.sibling is None):
         parser.error("give both --run and --sibling, or none of them")
     if options.run:
-        try:
-            ship(options.run, options.sibling, options.data_dir)
-        except (ValueError, OSError, DataError, WeightsError) as error:
-            parser.error(str(error))
-    result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(options.data_dir, train=False))
-    WEIGHTS.with_name("card.json").write_text(json.dumps(result, indent=1) + "\n")
+        publish_weights(options.run, options.sibling)
+    result = measure(Net.from_pretrained(WEIGHTS), CIFAR10(train=False))
+    save(result, WEIGHTS.with_name("card.json"))
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""How fast `Net` answers: `python benchmarks/inference.py` times batches of 1, 64 and 512 images, taking turns.
+"""Images per second that `Net` classifies on a CPU, by PyTorch, torch.compile and ONNX Runtime; table in docs/speed.md.
 
-In fp32 and bf16, as it is and compiled by torch.compile for each size of batch, and in fp32 by ONNX Runtime with the
-file that `export.py` writes; all on the CPU, with as many threads as torch takes. Images are at random, and so are the
-weights, for the time does not depend on them.
+`python benchmarks/inference.py` takes random images and weights, which do not change the time.
 """
 
 import tempfile
@@ -13,63 +11,58 @@ from typing import Any
 
 import onnxruntime
 import torch
-from common import alternate, random_batch, rate, report
+from common import alternate, median_and_half_iqr, random_batch, report
 from torch import Tensor, nn
 
+from dataset import MEAN, STD
 from export import export
 from model import Net
 from train import choose_runtime
 
-BATCHES = 1, 64, 512
-ROUNDS, CALLS = 9, {1: 50, 64: 5, 512: 1}  # calls in a round, so that each takes long enough to be timed
-
-
-def candidates(model: nn.Module, folder: Path) -> dict[str, Callable[[Tensor], Any]]:
-    """The ways to run `model`, each from images (N, 3, 32, 32) to its answers."""
-    model = model.eval().to(memory_format=torch.channels_last)
-    export(model, folder / "net.onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(folder / "net.onnx", options, providers=["CPUExecutionProvider"])
-    compiled = torch.compile(model, dynamic=False)
-
-    def autocast(network: Callable[[Tensor], Tensor], precision: str) -> Callable[[Tensor], Tensor]:
-        runtime = choose_runtime("cpu", precision)
-
-        def answer(images: Tensor) -> Tensor:
-            with torch.inference_mode(), runtime.autocast():
-                return network(images)
-
-        return answer
-
-    return {
-        "PyTorch, fp32": autocast(model, "fp32"),
-        "PyTorch, bf16": autocast(model, "bf16"),
-        "PyTorch, fp32, compiled": autocast(compiled, "fp32"),
-        "PyTorch, bf16, compiled": autocast(compiled, "bf16"),
-        "ONNX Runtime, fp32": lambda images: session.run(None, {"images": images.contiguous().numpy()}),
-    }
-
-
-def calls(answer: Callable[[Tensor], Any], images: Tensor) -> None:
-    for _ in range(CALLS[len(images)]):
-        answer(images)
+ROUNDS = 15
+CALLS = {1: 50, 64: 5, 512: 1}  # batch size of inference -> calls in a round, which has to be long enough to be timed
 
 
 def main() -> None:
     torch.manual_seed(0)
     speeds: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        ways = candidates(Net(), Path(folder))
-        for size in BATCHES:
-            images, _ = random_batch(size)
-            seconds = alternate({name: partial(calls, answer, images) for name, answer in ways.items()}, ROUNDS)
-            for name, times in seconds.items():
-                speeds.setdefault(name, []).extend(rate(size * CALLS[size], times))
-    columns = ("images/s", *[f"{part}{size}" for size in BATCHES for part in ("batch of ", "± of ")])
-    report(
-        "inference", columns, [(name, *values) for name, values in speeds.items()], onnxruntime=onnxruntime.__version__
-    )
+        ways = ways_to_predict(Net(), Path(folder))
+    for size, calls in CALLS.items():
+        images, _ = random_batch(size)
+
+        def repeated(way: Callable[[Tensor], Any], images: Tensor = images, calls: int = calls) -> None:
+            for _ in range(calls):
+                way(images)
+
+        for name, times in alternate({name: partial(repeated, way) for name, way in ways.items()}, ROUNDS).items():
+            median, spread = median_and_half_iqr(times)
+            per_second = size * calls / median
+            speeds.setdefault(name, []).extend((round(per_second), round(per_second * spread / median)))
+    columns = ("images/s", *[f"{part}{size}" for size in CALLS for part in ("batch of ", "± of ")])
+    report("inference", columns, [(name, *r) for name, r in speeds.items()], onnxruntime=onnxruntime.__version__)
+
+
+def ways_to_predict(model: nn.Module, folder: Path) -> dict[str, Callable[[Tensor], Any]]:
+    """Name -> a function from images (N, 3, 32, 32) to log-probabilities."""
+    model = model.eval().to(memory_format=torch.channels_last)
+    export(model, folder / "net.onnx", mean=MEAN, std=STD)
+    session = onnxruntime.InferenceSession(folder / "net.onnx", providers=["CPUExecutionProvider"])
+
+    @torch.inference_mode()
+    def outputs(network: Callable[[Tensor], Tensor], precision: str, images: Tensor) -> Tensor:
+        with choose_runtime("cpu", precision).autocast():
+            return network(images)
+
+    networks: dict[str, Any] = {"": model, ", compiled": torch.compile(model, dynamic=False)}
+    return {
+        **{
+            f"PyTorch, {precision}{kind}": partial(outputs, network, precision)
+            for kind, network in networks.items()
+            for precision in ("fp32", "bf16")
+        },
+        "ONNX Runtime, fp32": lambda images: session.run(None, {"images": images.contiguous().numpy()}),
+    }
 
 
 if __name__ == "__main__":
