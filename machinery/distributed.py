@@ -114,10 +114,8 @@ def refuse_unknown_leader() -> None:
     with contextlib.suppress(OSError):
         address = str(socket.getaddrinfo(leader, None)[0][4][0])
     if several_machines() and address.startswith("127.") and os.environ["GROUP_RANK"] != "0":
-        raise MachineError(
-            f"{socket.gethostname()} does not know where {leader} is, the first machine of this run: write its address "
-            "into /etc/hosts, or give torchrun --local-addr=ADDRESS on each machine, with its own address"
-        )
+        cure = "write its address into /etc/hosts, or give torchrun --local-addr=ADDRESS on each machine"
+        raise MachineError(f"{socket.gethostname()} does not know where {leader} is, the first machine: {cure}")
 
 
 def choose_interface(store: dist.Store) -> None:

@@ -16,6 +16,7 @@ from machinery.device import eval_mode
 
 # Colour-blind safe (Okabe & Ito, 2008), on white as on black.
 TRAIN, TEST, REFERENCE = "#0072B2", "#D55E00", "#808080"
+RGB = ("#D55E00", "#009E73", "#0072B2")  # an image's channels
 KINDS = {"stem": "#999999", "3×3": "#0072B2", "dilated 3×3": "#009E73", "depthwise 3×3": "#E69F00", "1×1": "#F0E442"}
 # Whatever the user's style: class names are text, never mathematics or LaTeX; pictures stand upright, without a grid.
 STYLE: dict[str, Any] = {"text.parse_math": False, "text.usetex": False, "axes.grid": False, "image.origin": "upper"}
@@ -94,12 +95,13 @@ def draw_architecture(model: nn.Module, size: int, fields: dict[str, int], short
     if not layers:
         raise ValueError(f"model must have blocks like Net's, of layers with a convolution `conv`; got {type(model)}")
     for name, layer in layers.items():
-        layer.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: output.shape[1:]}))
+        for part, key in ((layer, name), (layer.conv, f"{name}.conv")):
+            part.register_forward_hook(lambda _, inputs, output, key=key: shapes.update({key: output.shape[1:]}))
     with torch.no_grad():
         probe(torch.zeros(1, 3, size, size))
     ink, paper = plt.rcParams["text.color"], plt.rcParams["figure.facecolor"]
     figure, axes = plt.subplots(figsize=(13, 4), layout="constrained")
-    axes.bar(0, 32, 3, -16, color=paper, edgecolor=ink)
+    axes.bar([-1, 0, 1], 32, 1, -16, color=RGB, edgecolor=ink)
     axes.text(0, -20, f"image\n3, {size}×{size}", ha="center", va="top")
     x, step, places, used = 2.0, 14, {}, {}  # x is the middle of what is drawn last
     for block, field in fields.items():
@@ -109,9 +111,12 @@ def draw_architecture(model: nn.Module, size: int, fields: dict[str, int], short
             x += step
             channels, pixels, _ = shapes[name]
             height, kind = 32 * pixels / size, _kind(layers[name].conv)
+            before = 32 * shapes[f"{name}.conv"][1] / size  # pooling
+            if before > height:
+                axes.bar(x, before, channels / 36, -before / 2, color="none", edgecolor=ink, linestyle=":")
             used[kind] = axes.bar(x, height, channels / 36, -height / 2, color=KINDS[kind], edgecolor=ink)
             axes.text(x, -20, f"{channels}\n{pixels}×{pixels}", ha="center", va="top")
-            places[name] = x, height / 2 + 4
+            places[name] = x, before / 2 + 4
         axes.axvspan(left, x + step / 2, color=ink, alpha=0.07, linewidth=0, zorder=-1)
         parameters = sum(p.numel() for p in probe.get_submodule(block).parameters())
         title = f"{block.upper()}: {parameters:,} parameters\nreceptive field {field}×{field} px"
@@ -120,12 +125,14 @@ def draw_architecture(model: nn.Module, size: int, fields: dict[str, int], short
         middles, tops = zip(*(places[key] for key in places if key.startswith(f"{name}.")), strict=True)
         start, end, top = middles[0] - step / 2, middles[-1] + step / 2, max(tops)
         axes.plot([start, start, end], [0, top, top], color=ink, linewidth=1)
-        axes.annotate("", (end, 0), (end, top), arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "color": ink})
+        axes.annotate("", (end, 1), (end, top), arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "color": ink})
+        axes.plot(end, 0, marker="o", markersize=11, markerfacecolor=paper, color=ink)  # ⊕
+        axes.plot(end, 0, marker="+", markersize=9, color=ink)
     axes.plot([0, x + step], [0, 0], color=ink, linewidth=1, zorder=0)
     axes.text(x + step, 0, " average,\n linear,\n log-softmax", va="center")
     axes.set(xlim=(-7, x + 2.2 * step), ylim=(-29, 32), aspect="equal")
     axes.axis("off")
-    title = "width: channels; height: pixels after pooling; arrows: shortcuts"
+    title = "width: channels; height: pixels, dotted before pooling; ⊕: a shortcut is added"
     axes.legend(used.values(), used, ncols=len(used), title=title, loc="upper center", bbox_to_anchor=(0.5, 0))
     return figure
 
