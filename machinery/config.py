@@ -79,7 +79,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     elif field.type is bool:
         ok, expected = isinstance(value, bool), "True or False"
     elif field.name == "name":
-        ok, expected = is_path and Path(value).name == str(value) != "..", "a plain name, without folders"
+        ok = is_path and Path(value).name == str(value) and str(value) != ".." and str(value).isprintable()
+        expected = "a plain name, without folders"
     elif field.name == "data":
         ok = is_path and (value in SETS or os.path.isdir(value))
         expected = f"{' or '.join(SETS)}, or a folder of pictures that is there"

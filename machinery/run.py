@@ -178,6 +178,8 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all; on failure keeps the old one and warns."""
+        if self.config.overwrite and name != "last.pt":  # which is not saved yet, so the run before stays whole
+            return
         self.errors.pop(name, None)
         try:
             checkpoint.write_whole(self.path / name, content)

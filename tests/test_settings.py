@@ -53,6 +53,7 @@ def test_the_machine_of_any_process_is_heard_but_settings_only_once(monkeypatch,
         ("precision", "fp8"),
         ("name", ""),
         ("name", "../elsewhere"),
+        ("name", "a\0b"),
         ("data_dir", 5),
     ],
 )
