@@ -61,6 +61,7 @@ def test_two_processes_learn_what_one_learns_though_one_is_killed_and_restarted(
     assert train.main([*FLAGS, "--name", "one"]) == 0  # on one thread, as in torchrun's processes, which rounds alike
     two = torchrun("--max-restarts=1", driver(SMALL_NETWORK + KILLED_ONCE), *FLAGS, "--name", "two")
     assert two.returncode == 0, two.stderr
+    assert "another process of this run died" in two.stderr
     assert "going on after 1 epochs" in two.stdout
     assert two.stdout.count("epoch 3/3: train") == 1  # only one of them prints
     assert "2 processes" in two.stdout
